@@ -1,0 +1,1 @@
+"""How good the ranking is: metrics, their uncertainty, and the baselines to beat."""
