@@ -1,0 +1,1 @@
+"""Which engine serves a request: pure logic, without any import of Triton."""

@@ -1,0 +1,91 @@
+"""``python -m mtgr.serving``: find or assemble a server, start it, and print what it can serve."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from mtgr.errors import MTGRError
+from mtgr.serving.launcher import install_launcher
+from mtgr.serving.report import format_reports, strategy_reports
+from mtgr.serving.server import TritonServer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 after Ctrl-C or SIGTERM, 1 if the server could not start or died.
+    """
+    options = _parser().parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        if options.install_launcher:
+            print(install_launcher())
+            return 0
+        _serve(options)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 0
+    except MTGRError as error:
+        print(f"mtgr.serving: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> None:
+    with TritonServer(
+        options.model_repository,
+        host=options.host,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        extra_args=options.extra_args,
+        log=options.log,
+        startup_timeout=options.startup_timeout,
+        tritonserver=options.tritonserver,
+    ) as server:
+        print(f"gRPC     {server.grpc_url}")
+        print(f"HTTP     {server.http_url}")
+        print(f"metrics  {server.metrics_url}")
+        print(f"log      {server.log_path}")
+        print()
+        print(format_reports(strategy_reports(server.model_repository, server.models())), flush=True)
+        server.wait()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mtgr.serving", description=__doc__)
+    parser.add_argument("--model-repository", type=Path, default=Path("model_repository"))
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+    parser.add_argument("--http-port", type=_port, default=8000, help="0 picks a free port, as for the other two")
+    parser.add_argument("--grpc-port", type=_port, default=8001)
+    parser.add_argument("--metrics-port", type=_port, default=8002)
+    parser.add_argument("--tritonserver", type=Path, help="the executable (default: MTGR_TRITONSERVER, or found)")
+    parser.add_argument("--log", type=Path, help="file for the server's output (default: a temporary one)")
+    parser.add_argument("--startup-timeout", type=float, default=300.0, metavar="SECONDS")
+    parser.add_argument(
+        "--install-launcher", action="store_true", help="write the command `tritonserver` into this environment"
+    )
+    parser.add_argument("extra_args", nargs="*", metavar="-- ARGUMENT", help="more arguments for tritonserver")
+    return parser
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port; give a number from 0 to 65535")
+    return value
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
