@@ -1,0 +1,14 @@
+"""From users and items to token rows."""
+
+from mtgr.features.candidates import CandidateState, build_candidate_state, candidate_rows
+from mtgr.features.catalog import ItemCatalog, build_catalog
+from mtgr.features.context import context_rows
+
+__all__ = [
+    "CandidateState",
+    "ItemCatalog",
+    "build_candidate_state",
+    "build_catalog",
+    "candidate_rows",
+    "context_rows",
+]

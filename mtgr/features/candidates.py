@@ -1,0 +1,346 @@
+"""Candidate rows and the user state they are built from.
+
+What changes with the request (its time, the gap since the last event, cross features) stands in candidate rows only,
+so that a context's rows and the keys and values cached for them stay the same from request to request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mtgr.data.tasks import SESSION_GAP_SECONDS
+from mtgr.errors import ConfigurationError
+from mtgr.features.buckets import deviation_bucket, hour_bucket, log_bucket, rate_bucket
+from mtgr.features.catalog import SIMILARITY, STRENGTH, ItemCatalog, strength
+from mtgr.features.context import relative_time
+from mtgr.schema import (
+    DEVIATION_SIZE,
+    FIRST_COLUMN,
+    LOG_COUNT_SIZE,
+    LOG_SECONDS_SIZE,
+    RATE_SIZE,
+    SLOT_COLUMN,
+    TYPE_COLUMN,
+    Schema,
+    TokenType,
+)
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+STATE_VERSION = 3
+NEVER = -1  # stands for a time that does not exist
+_HEADER = 10
+_PRIOR_EVENTS = 20
+_PRIOR_SIMILARITY = 5 * SIMILARITY
+_USER_STEP, _SIMILAR_STEP = STRENGTH // 42, STRENGTH // 85  # buckets reach from about -0.37 and -0.19 to the opposite
+
+
+@dataclass(frozen=True)
+class CandidateState:
+    """What candidate rows need to know of a user at one moment.
+
+    Attributes:
+        request_time: Unix seconds.
+        first_time: Unix seconds of the first event, or ``NEVER``.
+        last_time: Unix seconds of the last event, or ``NEVER``.
+        num_events: Events so far.
+        num_liked: Liked events so far.
+        num_sessions: Sessions so far.
+        session_events: Events of the last session.
+        context_length: Tokens of the context: the first candidate's slot.
+        category_events: INT64 [G], events with items of each category.
+        category_liked: INT64 [G], liked ones among them.
+        seen_items: INT64 [M], internal ids of items the user had an event with, ascending.
+        seen_times: INT64 [M], unix seconds of the last event with each.
+        seen_events: INT64 [M], events with each.
+        seen_surprise: INT64 [M], how much stronger the actions on each were than is usual for it, summed.
+    """
+
+    request_time: int
+    first_time: int
+    last_time: int
+    num_events: int
+    num_liked: int
+    num_sessions: int
+    session_events: int
+    context_length: int
+    category_events: Int64Array
+    category_liked: Int64Array
+    seen_items: Int64Array
+    seen_times: Int64Array
+    seen_events: Int64Array
+    seen_surprise: Int64Array
+
+    def last_seen(self, items: Int64Array) -> Int64Array:
+        """INT64 like ``items``: unix seconds of the user's last event with each item, or ``NEVER``."""
+        if not len(self.seen_items):
+            return np.full(items.shape, NEVER, dtype=np.int64)
+        index = np.minimum(np.searchsorted(self.seen_items, items), len(self.seen_items) - 1)
+        return np.where(self.seen_items[index] == items, self.seen_times[index], NEVER).astype(np.int64)
+
+    def to_array(self, epoch: int) -> Int32Array:
+        """The state as the INT32 ``candidate_state`` tensor; times become seconds since ``epoch``."""
+
+        def seconds(time: npt.ArrayLike) -> npt.NDArray[np.int64]:
+            # An earlier time than the epoch is kept as the epoch: rows clip it the same way.
+            values = np.asarray(time, dtype=np.int64)
+            clipped = np.clip(values - epoch, 0, np.iinfo(np.int32).max)
+            return np.where(values == NEVER, NEVER, clipped)
+
+        header = [
+            STATE_VERSION,
+            int(seconds(self.request_time)),
+            int(seconds(self.first_time)),
+            int(seconds(self.last_time)),
+            self.num_events,
+            self.num_liked,
+            self.num_sessions,
+            self.session_events,
+            self.context_length,
+            len(self.category_events),
+        ]
+        seen = [self.seen_items, seconds(self.seen_times), self.seen_events, self.seen_surprise]
+        parts = [header, self.category_events, self.category_liked, *seen]
+        return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+
+    @classmethod
+    def from_array(cls, array: Int32Array, epoch: int) -> CandidateState:
+        """Read a tensor written by ``to_array``.
+
+        Raises:
+            ConfigurationError: If the tensor is of another version or damaged.
+        """
+        values = array.astype(np.int64)
+        if len(values) < _HEADER or values[0] != STATE_VERSION:
+            raise ConfigurationError("candidate_state is of another version; restart the server with one release.")
+        request_time, first_time, last_time, *counts, num_categories = (int(v) for v in values[1:_HEADER])
+        num_events, num_liked, num_sessions, session_events, context_length = counts
+        rest = values[_HEADER + 2 * num_categories :]
+        if num_categories < 0 or len(values) < _HEADER + 2 * num_categories or len(rest) % 4:
+            raise ConfigurationError("candidate_state has a wrong length; restart the server with one release.")
+        seen_items, seen_times, seen_events, seen_surprise = rest.reshape(4, -1)
+        return cls(
+            request_time=request_time + epoch,
+            first_time=NEVER if first_time == NEVER else first_time + epoch,
+            last_time=NEVER if last_time == NEVER else last_time + epoch,
+            num_events=num_events,
+            num_liked=num_liked,
+            num_sessions=num_sessions,
+            session_events=session_events,
+            context_length=context_length,
+            category_events=values[_HEADER : _HEADER + num_categories],
+            category_liked=values[_HEADER + num_categories : _HEADER + 2 * num_categories],
+            seen_items=seen_items,
+            seen_times=np.where(seen_times == NEVER, NEVER, seen_times + epoch),
+            seen_events=seen_events,
+            seen_surprise=seen_surprise,
+        )
+
+
+def build_candidate_state(
+    schema: Schema,
+    catalog: ItemCatalog,
+    items: Int64Array,
+    actions: Int32Array,
+    times: Int64Array,
+    request_time: int,
+    context_length: int,
+) -> CandidateState:
+    """The state after a user's events.
+
+    Args:
+        schema: The schema.
+        catalog: The items.
+        items: INT64 [E], internal ids of all of the user's events, ascending in time.
+        actions: INT32 [E], actions from 0.
+        times: INT64 [E], unix seconds.
+        request_time: Unix seconds.
+        context_length: Tokens of the user's context.
+    """
+    liked = actions >= schema.liked_action
+    flags = catalog.categories[items].astype(np.int64)
+    # The last of several events with an item wins: reversed, np.unique keeps the first.
+    seen_items, latest, which, counts = np.unique(
+        items[::-1], return_index=True, return_inverse=True, return_counts=True
+    )
+    surprise = np.zeros(len(seen_items), dtype=np.int64)
+    np.add.at(surprise, which, event_surprise(schema, catalog, items, actions)[::-1])
+    sessions, session_events = session_counts(times)
+    return CandidateState(
+        request_time=request_time,
+        first_time=int(times[0]) if len(times) else NEVER,
+        last_time=int(times[-1]) if len(times) else NEVER,
+        num_events=len(items),
+        num_liked=int(liked.sum()),
+        num_sessions=int(sessions[-1]) if len(times) else 0,
+        session_events=int(session_events[-1]) if len(times) else 0,
+        context_length=context_length,
+        category_events=flags.sum(axis=0),
+        category_liked=flags[liked].sum(axis=0),
+        seen_items=seen_items.astype(np.int64),
+        seen_times=times[::-1][latest].astype(np.int64),
+        seen_events=counts.astype(np.int64),
+        seen_surprise=surprise,
+    )
+
+
+def event_surprise(schema: Schema, catalog: ItemCatalog, items: Int64Array, actions: Int32Array) -> Int64Array:
+    """INT64 [E]: how much stronger each action is than is usual for its item, in 1 / ``STRENGTH``."""
+    return strength(actions, schema.num_actions) - catalog.expected[items]
+
+
+def similar_sums(
+    catalog: ItemCatalog, items: Int64Array, events: Int64Array, surprise: Int64Array
+) -> tuple[Int64Array, Int64Array]:
+    """What a user did with the neighbours of ``items``.
+
+    Args:
+        catalog: The items.
+        items: INT64 [k], internal ids.
+        events: INT64 [I], the user's events with each item of the catalogue.
+        surprise: INT64 [I], their surprise, summed by item.
+
+    Returns:
+        INT64 [k] and INT64 [k]: events and surprise of the neighbours, weighted by similarity and summed.
+    """
+    neighbours, similarity = catalog.neighbours[items], catalog.similarity[items].astype(np.int64)
+    return (similarity * events[neighbours]).sum(axis=1), (similarity * surprise[neighbours]).sum(axis=1)
+
+
+def session_counts(times: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Sessions up to each event, and the events of its session up to it.
+
+    Args:
+        times: INT64 [E], unix seconds, ascending.
+
+    Returns:
+        INT64 [E] and INT64 [E], both counted from 1.
+    """
+    starts = np.diff(times, prepend=times[:1]) > SESSION_GAP_SECONDS
+    starts[:1] = True
+    sessions = starts.cumsum().astype(np.int64)
+    return sessions, np.arange(1, len(times) + 1) - np.flatnonzero(starts)[sessions - 1]
+
+
+def candidate_columns(
+    schema: Schema,
+    catalog: ItemCatalog,
+    items: Int64Array,
+    *,
+    request_time: npt.ArrayLike,
+    first_time: npt.ArrayLike,
+    last_time: npt.ArrayLike,
+    num_events: npt.ArrayLike,
+    num_liked: npt.ArrayLike,
+    num_sessions: npt.ArrayLike,
+    session_events: npt.ArrayLike,
+    category_events: Int64Array,
+    category_liked: Int64Array,
+    item_last_time: Int64Array,
+    surprise: npt.ArrayLike,
+    similar_events: Int64Array,
+    similar_surprise: Int64Array,
+) -> Int32Array:
+    """Everything in candidate rows but type and slot, for one moment (serving) or a moment per item (training).
+
+    Args:
+        schema: The schema.
+        catalog: The items.
+        items: INT64 [k], internal ids.
+        request_time: Unix seconds, one or [k]; the other counts and times likewise.
+        first_time: Unix seconds of the user's first event, or ``NEVER``.
+        last_time: Unix seconds of the user's last event, or ``NEVER``.
+        num_events: The user's events so far.
+        num_liked: The user's liked events so far.
+        num_sessions: The user's sessions so far.
+        session_events: Events of the user's last session so far.
+        category_events: INT64 [G] or [k, G], events by category.
+        category_liked: INT64 [G] or [k, G], liked events by category.
+        item_last_time: INT64 [k], unix seconds of the user's last event with the item, or ``NEVER``.
+        surprise: Surprise of the user's events, summed.
+        similar_events: INT64 [k], from ``similar_sums``.
+        similar_surprise: INT64 [k], likewise.
+
+    Returns:
+        INT32 [k, W], types and slots still 0.
+    """
+    request = np.broadcast_to(np.asarray(request_time, dtype=np.int64), items.shape)
+    first = np.broadcast_to(np.asarray(first_time, dtype=np.int64), items.shape)
+    last = np.broadcast_to(np.asarray(last_time, dtype=np.int64), items.shape)
+    flags = catalog.categories[items].astype(np.int64)
+    events_alike = (flags * category_events).sum(axis=1)
+    liked_alike = (flags * category_liked).sum(axis=1)
+    # Item-based nearest neighbours as features: how far the user's taste lies above the usual, in general and, beyond
+    # that, on items like this one. Both are drawn towards 0 by some events without any surprise.
+    deviation = np.asarray(surprise, dtype=np.int64) // (np.asarray(num_events, dtype=np.int64) + _PRIOR_EVENTS)
+    similar_deviation = (similar_surprise - deviation * similar_events) // (similar_events + _PRIOR_SIMILARITY)
+    snapshot = catalog.snapshot(request)
+
+    def since(time: Int64Array) -> Int64Array:
+        return np.where(time == NEVER, -1, np.maximum(request - time, 0))
+
+    columns = {
+        "item": items,
+        "time": relative_time(schema, request),
+        "hour": hour_bucket(request),
+        "gap": log_bucket(since(last), LOG_SECONDS_SIZE),
+        "category_count": log_bucket(events_alike, LOG_COUNT_SIZE),
+        "category_rate": rate_bucket(liked_alike, events_alike, RATE_SIZE),
+        "recency": log_bucket(since(item_last_time), LOG_SECONDS_SIZE),
+        "popularity": catalog.popularity[snapshot, items],
+        "item_rate": catalog.liked_rate[snapshot, items],
+        "user_rate": rate_bucket(num_liked, num_events, RATE_SIZE),
+        "events": log_bucket(num_events, LOG_COUNT_SIZE),
+        "since_first": log_bucket(since(first), LOG_SECONDS_SIZE),
+        "sessions": log_bucket(num_sessions, LOG_COUNT_SIZE),
+        "session_events": log_bucket(session_events, LOG_COUNT_SIZE),
+        "user_deviation": deviation_bucket(deviation, _USER_STEP, DEVIATION_SIZE),
+        "similar_deviation": deviation_bucket(similar_deviation, _SIMILAR_STEP, DEVIATION_SIZE),
+    }
+    rows = np.zeros((len(items), schema.width), dtype=np.int32)
+    for index, name in enumerate(schema.candidate_columns, start=FIRST_COLUMN):
+        rows[:, index] = columns[name]
+    return rows
+
+
+def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, items: Int64Array) -> Int32Array:
+    """Rows of candidates for one request.
+
+    Args:
+        schema: The schema.
+        catalog: The items.
+        state: The user's state at the moment of the request.
+        items: INT64 [k], internal ids.
+
+    Returns:
+        INT32 [k, W], slots going on from the context's.
+    """
+    events, surprise = np.zeros((2, catalog.num_items), dtype=np.int64)
+    events[state.seen_items] = state.seen_events
+    surprise[state.seen_items] = state.seen_surprise
+    similar_events, similar_surprise = similar_sums(catalog, items, events, surprise)
+    rows = candidate_columns(
+        schema,
+        catalog,
+        items,
+        request_time=state.request_time,
+        first_time=state.first_time,
+        last_time=state.last_time,
+        num_events=state.num_events,
+        num_liked=state.num_liked,
+        num_sessions=state.num_sessions,
+        session_events=state.session_events,
+        category_events=state.category_events,
+        category_liked=state.category_liked,
+        item_last_time=state.last_seen(items),
+        surprise=int(state.seen_surprise.sum()),
+        similar_events=similar_events,
+        similar_surprise=similar_surprise,
+    )
+    rows[:, TYPE_COLUMN] = TokenType.CANDIDATE
+    rows[:, SLOT_COLUMN] = state.context_length + np.arange(len(items))
+    return rows

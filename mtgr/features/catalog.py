@@ -1,0 +1,211 @@
+"""What is known of items: the id vocabulary, static side features, and statistics over time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mtgr.data.dataset import Interactions, Item
+from mtgr.errors import ConfigurationError
+from mtgr.features.buckets import log_bucket, rate_bucket
+from mtgr.schema import FIRST_ID, LOG_COUNT_SIZE, RATE_SIZE, UNKNOWN
+
+Int64Array = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
+UInt8Array = npt.NDArray[np.uint8]
+
+CATALOG_FILE = "catalog.safetensors"
+SNAPSHOT_PERIOD = 86_400  # seconds: statistics are as of the start of the day, as a nightly job would give them
+STRENGTH = 1024  # the strength of the strongest action; the weakest has 0
+SIMILARITY = 1024  # the similarity of two items that all of their users share
+_NEIGHBOURS = 64
+_PRIOR_EVENTS = 2  # events of the overall mean that are added to an item's own
+_PRIOR_USERS = 1  # common users at which a similarity is halved
+_FIRST_DECADE = 1900
+_DECADES = 15
+
+
+@dataclass(frozen=True)
+class ItemCatalog:
+    """Items by internal id; ids 0 and 1 are reserved and have no features.
+
+    Attributes:
+        raw_ids: INT64 [I - 2], ascending ids as requests carry them; internal id = index + 2.
+        features: FP32 [I, F], static side features for the model: categories and decade, each one-hot or multi-hot.
+        categories: UINT8 [I, G], 1 where the item has the category.
+        popularity: UINT8 [D, I], popularity bucket at the start of snapshot d, from earlier events only.
+        liked_rate: UINT8 [D, I], bucketed share of liked events likewise.
+        expected: INT32 [I], smoothed mean strength of the item's actions, in units of ``STRENGTH``.
+        neighbours: INT32 [I, K], items that the same users had events with, the most similar first; 0 where there are
+            fewer.
+        similarity: INT32 [I, K], similarity to each neighbour, 0 to ``SIMILARITY``.
+        first_snapshot: Unix seconds of snapshot 0; snapshots are ``SNAPSHOT_PERIOD`` apart.
+    """
+
+    raw_ids: Int64Array
+    features: npt.NDArray[np.float32]
+    categories: UInt8Array
+    popularity: UInt8Array
+    liked_rate: UInt8Array
+    expected: Int32Array
+    neighbours: Int32Array
+    similarity: Int32Array
+    first_snapshot: int
+
+    @property
+    def num_items(self) -> int:
+        """Internal ids, reserved ones included."""
+        return len(self.raw_ids) + FIRST_ID
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of the id vocabulary."""
+        return hashlib.sha256(self.raw_ids.astype("<i8").tobytes()).hexdigest()
+
+    def to_internal(self, raw: npt.ArrayLike) -> Int64Array:
+        """Internal ids of raw ids; unknown ones get the reserved id."""
+        values = np.asarray(raw, dtype=np.int64)
+        index = np.searchsorted(self.raw_ids, values)
+        index = np.minimum(index, len(self.raw_ids) - 1)
+        return np.where(self.raw_ids[index] == values, index + FIRST_ID, UNKNOWN).astype(np.int64)
+
+    def to_raw(self, internal: npt.ArrayLike) -> Int64Array:
+        """Raw ids of internal ids, none of them reserved."""
+        raw: Int64Array = self.raw_ids[np.asarray(internal, dtype=np.int64) - FIRST_ID]
+        return raw
+
+    def snapshot(self, times: npt.ArrayLike) -> Int64Array:
+        """Index of the latest snapshot taken at or before unix ``times``."""
+        day = (np.asarray(times, dtype=np.int64) - self.first_snapshot) // SNAPSHOT_PERIOD
+        return np.clip(day, 0, len(self.popularity) - 1)
+
+    def save(self, path: Path) -> None:
+        """Write the catalog as safetensors."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "raw_ids": self.raw_ids,
+            "features": self.features,
+            "categories": self.categories,
+            "popularity": self.popularity,
+            "liked_rate": self.liked_rate,
+            "expected": self.expected,
+            "neighbours": self.neighbours,
+            "similarity": self.similarity,
+            "first_snapshot": np.array([self.first_snapshot], dtype=np.int64),
+        }
+        save_file(arrays, path)
+
+    @classmethod
+    def load(cls, path: Path) -> ItemCatalog:
+        """Read a catalog written by ``save``.
+
+        Raises:
+            ConfigurationError: If the file is missing or damaged.
+        """
+        try:
+            arrays = load_file(path)
+            first = int(arrays.pop("first_snapshot")[0])
+            return cls(first_snapshot=first, **arrays)
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"{path} does not exist; run `make train`.") from error
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ConfigurationError(f"{path} is not an item catalog ({error}); run `make train` again.") from error
+
+
+def build_catalog(
+    items: Sequence[Item], categories: Sequence[str], known: Interactions, liked_action: int
+) -> ItemCatalog:
+    """Make a catalog out of a dataset's items and the interactions that may be known (the training part).
+
+    Args:
+        items: All items.
+        categories: Names of the categories, in the order of the columns.
+        known: Interactions that statistics may be drawn from.
+        liked_action: Actions from this one on count as liked.
+    """
+    ordered = sorted(items, key=lambda item: item.id)
+    raw_ids = np.array([item.id for item in ordered], dtype=np.int64)
+    num_items = len(raw_ids) + FIRST_ID
+    column = {name: index for index, name in enumerate(categories)}
+    flags = np.zeros((num_items, len(categories)), dtype=np.uint8)
+    decades = np.zeros((num_items, _DECADES), dtype=np.float32)
+    for row, item in enumerate(ordered, start=FIRST_ID):
+        flags[row, [column[name] for name in item.categories]] = 1
+        if item.year is not None:
+            decades[row, min(max((item.year - _FIRST_DECADE) // 10, 0), _DECADES - 1)] = 1.0
+
+    days = known.time // SNAPSHOT_PERIOD
+    first_day = int(days.min())
+    internal = np.searchsorted(raw_ids, known.item) + FIRST_ID
+    liked = known.action >= liked_action
+    # Snapshot d counts the events of days before d; the last one counts all.
+    shape = (int(days.max()) - first_day + 2, num_items)
+    counts = np.zeros(shape, dtype=np.int64)
+    likes = np.zeros(shape, dtype=np.int64)
+    np.add.at(counts, (days - first_day + 1, internal), 1)
+    np.add.at(likes, (days - first_day + 1, internal), liked.astype(np.int64))
+    counts, likes = counts.cumsum(axis=0), likes.cumsum(axis=0)
+    neighbours, similarity = similar_items(internal, known.user, num_items)
+    return ItemCatalog(
+        raw_ids=raw_ids,
+        features=np.concatenate([flags.astype(np.float32), decades], axis=1),
+        categories=flags,
+        popularity=log_bucket(counts, LOG_COUNT_SIZE).astype(np.uint8),
+        liked_rate=rate_bucket(likes, counts, RATE_SIZE).astype(np.uint8),
+        expected=expected_strength(internal, known.action, num_items, int(known.action.max()) + 1),
+        neighbours=neighbours,
+        similarity=similarity,
+        first_snapshot=first_day * SNAPSHOT_PERIOD,
+    )
+
+
+def strength(actions: npt.ArrayLike, num_actions: int) -> Int64Array:
+    """Actions 0.. as integers from 0 to ``STRENGTH``; a schema's actions are in ascending order of strength."""
+    known = np.clip(np.asarray(actions, dtype=np.int64), 0, num_actions - 1)
+    return known * STRENGTH // max(num_actions - 1, 1)
+
+
+def expected_strength(items: Int64Array, actions: npt.ArrayLike, num_items: int, num_actions: int) -> Int32Array:
+    """INT32 [I]: mean strength of each item's events, drawn towards the mean of all.
+
+    Args:
+        items: INT64 [E], internal ids.
+        actions: INT32 [E].
+        num_items: Internal ids, I.
+        num_actions: Kinds of action.
+    """
+    strengths = strength(actions, num_actions)
+    overall = int(strengths.sum()) // len(items)
+    sums = np.bincount(items, strengths, num_items) + _PRIOR_EVENTS * overall
+    counts = np.bincount(items, minlength=num_items) + _PRIOR_EVENTS
+    return (sums // counts).astype(np.int32)
+
+
+def similar_items(items: Int64Array, users: Int64Array, num_items: int) -> tuple[Int32Array, Int32Array]:
+    """Each item's nearest neighbours by common users, and the similarities.
+
+    Of c common users and n_i users of item i the similarity is c / sqrt(n_i n_j) x c / (c + 1). It is computed in one
+    dense [I, I] matrix, which fits catalogues of some ten thousand items.
+
+    Args:
+        items: INT64 [E], internal ids.
+        users: INT64 [E], user indices.
+        num_items: Internal ids, I.
+    """
+    seen = np.zeros((int(users.max()) + 1, num_items), dtype=np.float32)
+    seen[users, items] = 1.0
+    common = (seen.T @ seen).astype(np.float64)  # counts are exact in fp32 up to 2^24 users
+    count = common.diagonal()
+    values = common * common / ((common + _PRIOR_USERS) * np.sqrt(np.maximum(np.outer(count, count), 1.0)))
+    np.fill_diagonal(values, 0.0)
+    similarity = np.rint(values * SIMILARITY).astype(np.int64)
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :_NEIGHBOURS]
+    nearest = np.take_along_axis(similarity, order, axis=1)
+    return np.where(nearest > 0, order, 0).astype(np.int32), nearest.astype(np.int32)

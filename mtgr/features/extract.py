@@ -1,0 +1,105 @@
+"""Feature extraction: from a request to the rows and the state that engines and router need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mtgr.features.candidates import build_candidate_state
+from mtgr.features.catalog import ItemCatalog
+from mtgr.features.context import context_rows
+from mtgr.features.request import Request, Tensors, parse_request
+from mtgr.features.store import FeatureStore, UserRecord
+from mtgr.schema import Schema
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+DEFAULT_ARM = "default"
+COLD_START = "cold_start"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one request looks like after extraction; the tensors between ``mtgr_features`` and ``mtgr_router``.
+
+    Attributes:
+        context: INT32 [n, W].
+        candidate_state: INT32 [s], the user's state for candidate rows.
+        candidates: INT64 [k] raw item ids; empty to retrieve.
+        strategy: What the request asks for.
+        top_k: Items to return; 0 for the default.
+        arm: Side of the experiment.
+        labels: What the caller should know about the answer, such as ``cold_start``.
+    """
+
+    context: Int32Array
+    candidate_state: Int32Array
+    candidates: Int64Array
+    strategy: str
+    top_k: int
+    arm: str = DEFAULT_ARM
+    labels: tuple[str, ...] = ()
+
+
+class FeatureExtractor:
+    """Validates requests and builds rows.
+
+    Args:
+        schema: The schema.
+        catalog: The items.
+        store: Where users come from.
+        clock: Gives unix seconds.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        catalog: ItemCatalog,
+        store: FeatureStore,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.schema = schema
+        self.catalog = catalog
+        self.store = store
+        self.clock = clock
+
+    def extract(self, tensors: Tensors) -> Features:
+        """Features of one request.
+
+        Args:
+            tensors: The door's inputs by name, each with a leading dimension of 1.
+
+        Raises:
+            InvalidRequestError: If the request is wrong.
+            UnavailableError: If the store cannot answer.
+        """
+        request = parse_request(tensors, self.schema, int(self.clock()))
+        record = self._record(request)
+        items = self.catalog.to_internal(record.items)
+        rows = context_rows(self.schema, record.profile, items, record.actions, record.times)
+        state = build_candidate_state(
+            self.schema, self.catalog, items, record.actions, record.times, request.request_time, len(rows)
+        )
+        return Features(
+            context=rows,
+            candidate_state=state.to_array(self.schema.epoch),
+            candidates=np.empty(0, dtype=np.int64) if request.candidates is None else request.candidates,
+            strategy=request.strategy,
+            top_k=request.top_k or 0,
+            labels=() if len(items) else (COLD_START,),
+        )
+
+    def _record(self, request: Request) -> UserRecord:
+        """The user's profile and events as of the request: the store's, or what the request brings along."""
+        stored = self.store.get(request.user_id) or UserRecord()
+        profile = {**stored.profile, **request.profile}
+        if request.history is not None:
+            history = request.history
+            return UserRecord(profile, history.items, history.actions, history.times)
+        end = int(np.searchsorted(stored.times, request.request_time, side="left"))
+        return UserRecord(profile, stored.items[:end], stored.actions[:end], stored.times[:end])
