@@ -1,0 +1,1 @@
+"""Training of MTGR on user-level samples: ``python -m mtgr.training``."""

@@ -1,0 +1,132 @@
+"""Train a checkpoint from a dataset: ``python -m mtgr.training``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtgr.bundle import STORE_FILE
+from mtgr.checkpoint import CONFIG_FILE, Checkpoint, build_model, save_checkpoint
+from mtgr.config import preset, preset_names
+from mtgr.data.registry import DATASETS, find_dataset
+from mtgr.errors import ConfigurationError, MTGRError
+from mtgr.features.store import UserRecord, write_store
+from mtgr.files import read_json, replaced_directory, write_json
+from mtgr.training.evaluate import evaluate
+from mtgr.training.loop import Trainer
+from mtgr.training.prepare import PreparedData, prepare
+from mtgr.training.recipe import Recipe
+
+METRICS_FILE = "metrics.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parse(arguments)
+    try:
+        _run(options)
+    except MTGRError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on after the last finished epoch.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mtgr.training", description="Train a checkpoint and evaluate it.")
+    parser.add_argument("--dataset", choices=list(DATASETS), default="movielens-100k")
+    parser.add_argument("--output", type=Path, default=Path("build/checkpoint"), help="checkpoint directory to write")
+    parser.add_argument("--preset", choices=preset_names(), default="tiny", help="size of the network")
+    parser.add_argument("--state", type=Path, default=Path("build/training-state"), help="where epochs are kept")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    parser.add_argument("--force", action="store_true", help="train even if the checkpoint is there")
+    defaults = Recipe()
+    parser.add_argument("--epochs", type=int, default=defaults.epochs)
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--threads", type=int, default=defaults.threads, help="threads of PyTorch")
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace) -> None:
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    recipe = Recipe(**{key: value for key, value in vars(options).items() if key in names})
+    made_of = {"dataset": options.dataset, "preset": options.preset, "recipe": recipe.to_dict()}
+    if not options.force and _is_made(options.output, made_of):
+        print(f"{options.output} is up to date; --force trains it again.")
+        return
+
+    started = time.monotonic()
+    print(f"preparing {options.dataset}", file=sys.stderr)
+    entry = find_dataset(options.dataset)
+    dataset = entry.factory()
+    data = prepare(dataset, entry.liked_action)
+    config = preset(options.preset)
+    torch.manual_seed(recipe.seed)
+    model = build_model(config, data.schema, data.catalog)
+    trainer = Trainer(model, data.train_samples(), recipe, options.state)
+    if options.resume and trainer.resume():
+        print(f"resuming after epoch {trainer.epoch} of {recipe.epochs}", file=sys.stderr)
+    trained = time.monotonic()
+    trainer.train()
+    training_seconds = time.monotonic() - trained
+
+    print("evaluating against the baselines", file=sys.stderr)
+    report = evaluate(model, data, dataset.tasks())
+    record = made_of | {
+        "metrics": report.to_dict(),
+        "training_seconds": round(training_seconds, 1),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("mtgr", "numpy", "torch")},
+    }
+    with replaced_directory(options.output) as staging:
+        save_checkpoint(Checkpoint(model, config, data.schema, data.catalog, record), staging)
+        write_json(staging / METRICS_FILE, report.to_dict())
+        write_store(staging / STORE_FILE, _records(data))
+    shutil.rmtree(options.state, ignore_errors=True)
+    print(report.table())
+    print(
+        f"\n{options.output}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{training_seconds:.0f} s of training, {time.monotonic() - started:.0f} s in all"
+    )
+
+
+def _is_made(output: Path, made_of: dict[str, Any]) -> bool:
+    """Whether ``output`` holds a checkpoint made of the same settings.
+
+    Raises:
+        ConfigurationError: If it holds something else, which training would replace.
+    """
+    if not output.exists():
+        return False
+    record = read_json(output / CONFIG_FILE).get("record", {}) if (output / CONFIG_FILE).is_file() else {}
+    if any(record.get(key) != value for key, value in made_of.items()):
+        raise ConfigurationError(
+            f"{output} holds a checkpoint of other settings; replace it with --force, or give another --output."
+        )
+    return True
+
+
+def _records(data: PreparedData) -> Iterator[tuple[str, UserRecord]]:
+    """Every user's profile and whole log, for the demo's feature store."""
+    offsets = data.interactions.offsets(len(data.users))
+    for index, user in enumerate(data.users):
+        own = slice(int(offsets[index]), int(offsets[index + 1]))
+        log = data.interactions
+        yield user.id, UserRecord(user.profile, log.item[own], log.action[own], log.time[own])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What a training run is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mtgr.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of the optimisation.
+
+    Attributes:
+        epochs: Passes over the training samples.
+        batch_tokens: Tokens of a padded batch.
+        learning_rate: Peak of AdamW's learning rate; linear warm-up, then a cosine down to a hundredth.
+        weight_decay: AdamW's decay of matrices; vectors are not decayed.
+        warmup_fraction: Share of all steps spent warming up.
+        average_decay: Decay of the exponential moving average of the parameters, per step; the average is what is kept.
+        column_dropout: Probability that a feature of a candidate is hidden from the network (not from its wide terms).
+        item_dropout: The same for the candidate's item.
+        next_item_weight: Weight of the next-item loss beside the sum of the task losses.
+        num_negatives: Sampled negatives of the next-item loss; all items of a catalogue that is not larger.
+        gradient_norm: Gradients are clipped to this norm.
+        seed: Of everything random; a resumed run equals an uninterrupted one.
+        threads: PyTorch threads.
+    """
+
+    epochs: int = 12
+    batch_tokens: int = 4096
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.3
+    warmup_fraction: float = 0.05
+    average_decay: float = 0.995
+    column_dropout: float = 0.5
+    item_dropout: float = 0.1
+    next_item_weight: float = 1.0
+    num_negatives: int = 2048
+    gradient_norm: float = 1.0
+    seed: int = 1
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigurationError: If a value is out of range.
+        """
+        for name in ("epochs", "batch_tokens", "num_negatives", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"recipe: {name} must be at least 1.")
+        for name in ("learning_rate", "gradient_norm"):
+            if getattr(self, name) <= 0:
+                raise ConfigurationError(f"recipe: {name} must be positive.")
+        for name in ("warmup_fraction", "average_decay", "column_dropout", "item_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigurationError(f"recipe: {name} must lie in [0, 1).")
+        for name in ("weight_decay", "next_item_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"recipe: {name} must not be negative.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from JSON values.
+
+        Raises:
+            ConfigurationError: If a key is unknown or a value invalid.
+        """
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigurationError(f"recipe: unknown key {sorted(unknown)[0]!r}.")
+        return cls(**values)
