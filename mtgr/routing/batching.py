@@ -1,0 +1,108 @@
+"""Merges concurrent calls of equal shape into batches.
+
+Triton's dynamic batcher ends a batch at the first queued request of another shape, so users whose contexts fall into
+different buckets, arriving interleaved, hardly ever meet. Here calls wait by shape instead, and only while the engine
+is busy: an idle engine is called at once, without any delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Arrays = dict[str, npt.NDArray[Any]]
+_Key = tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]
+
+
+class Inference(Protocol):
+    """Whatever runs a batch."""
+
+    async def infer(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Arrays:
+        """Run one batch; all tensors have a leading batch dimension."""
+
+
+@dataclass
+class _Call:
+    arrival: int
+    inputs: Mapping[str, npt.NDArray[Any]]
+    answer: asyncio.Future[Arrays]
+
+
+@dataclass
+class _Model:
+    running: int = 0
+    waiting: dict[_Key, deque[_Call]] = field(default_factory=dict)
+
+
+class ShapeBatcher:
+    """Calls an engine with batches of calls that have the same shapes.
+
+    Bound to the event loop it is first used in. A call that is cancelled while it waits is dropped; an engine's error
+    reaches every call of its batch.
+
+    Args:
+        engines: What runs a batch.
+        max_batch: Most calls in a batch.
+        max_running: Batches given to a model at a time: as many as it has instances.
+    """
+
+    def __init__(self, engines: Inference, max_batch: int = 32, max_running: int = 1) -> None:
+        self._engines = engines
+        self._max_batch = max_batch
+        self._max_running = max_running
+        self._models: dict[str, _Model] = {}
+        self._arrivals = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def infer(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Arrays:
+        """Run one request, tensors with a leading dimension of 1, in whatever batch it meets."""
+        key = (tuple(outputs), tuple((name, array.shape[1:]) for name, array in sorted(inputs.items())))
+        call = _Call(self._arrivals, inputs, asyncio.get_running_loop().create_future())
+        self._arrivals += 1
+        state = self._models.setdefault(model, _Model())
+        state.waiting.setdefault(key, deque()).append(call)
+        self._dispatch(model, state)
+        return await call.answer
+
+    def _dispatch(self, model: str, state: _Model) -> None:
+        while state.running < self._max_running and state.waiting:
+            # Whoever waits longest goes first, and takes along all of the same shape.
+            key = min(state.waiting, key=lambda shape: state.waiting[shape][0].arrival)
+            queue = state.waiting[key]
+            batch = [queue.popleft() for _ in range(min(len(queue), self._max_batch))]
+            if not queue:
+                del state.waiting[key]
+            batch = [call for call in batch if not call.answer.done()]
+            if batch:
+                state.running += 1
+                task = asyncio.get_running_loop().create_task(self._run(model, state, batch, key[0]))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, model: str, state: _Model, batch: list[_Call], outputs: Sequence[str]) -> None:
+        try:
+            answers = await self._engines.infer(model, _merge([call.inputs for call in batch]), outputs)
+            for index, call in enumerate(batch):
+                if not call.answer.done():
+                    call.answer.set_result({name: array[index : index + 1] for name, array in answers.items()})
+        except BaseException as error:
+            for call in batch:
+                if not call.answer.done():
+                    call.answer.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            state.running -= 1
+            self._dispatch(model, state)
+
+
+def _merge(inputs: Sequence[Mapping[str, npt.NDArray[Any]]]) -> Mapping[str, npt.NDArray[Any]]:
+    if len(inputs) == 1:
+        return inputs[0]
+    return {name: np.concatenate([one[name] for one in inputs]) for name in inputs[0]}
