@@ -1,0 +1,1 @@
+"""Exports: checkpoint -> complete, checked model directories in a Triton model repository."""

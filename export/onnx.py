@@ -1,0 +1,200 @@
+"""Export the ``onnx`` strategy: one graph that ranks, one that retrieves, each checked against PyTorch.
+
+Both graphs are plain tensor arithmetic on INT32 rows: no Range, no ConstantOfShape, no loop, no length input. Batch,
+context, and candidate axes vary.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from export.graphs import RankGraph, RetrieveGraph
+from export.install import model_directory, template_hash
+from export.rows import random_rows
+from mtgr.checkpoint import Checkpoint
+from mtgr.engines.onnx import OnnxEngine
+from mtgr.errors import ConfigurationError
+from mtgr.manifest import Manifest
+
+OPSET = 20
+TOLERANCE = 1e-5  # absolute, on probabilities: another path in fp32
+
+# Batch, context, and candidates of the shapes that every artifact is checked at.
+SHAPES = ((1, 1, 1), (1, 7, 3), (2, 64, 16), (3, 130, 5), (4, 200, 64), (1, 512, 256))
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What differs between the two graphs."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic_shapes: tuple[dict[int, Any], ...]
+    error: Callable[[OnnxEngine, Checkpoint, Tensor, Tensor], float]
+
+
+def export_onnx(checkpoint: Checkpoint, model_repository: Path, seed: int = 0) -> None:
+    """Export, check, and install ``mtgr_onnx_rank`` and ``mtgr_onnx_retrieve``.
+
+    Args:
+        checkpoint: A trained model.
+        model_repository: Where the models go.
+        seed: Of the rows that the graphs are checked on.
+
+    Raises:
+        ConfigurationError: If a graph misses the tolerance at any shape; what was installed before stays.
+    """
+    with ExitStack() as stack:  # both are installed, or neither
+        for graph in _graphs(checkpoint):
+            version = stack.enter_context(model_directory(graph.name, model_repository, checkpoint))
+            path = version / "model.onnx"
+            save_graph(graph.module, path, _example(checkpoint, len(graph.inputs)), graph)
+            error = check_graph(graph, path, checkpoint, SHAPES, seed)
+            _manifest(graph, checkpoint, path, error).save(version)
+
+
+def check_graph(
+    graph: _Graph, path: Path, checkpoint: Checkpoint, shapes: Sequence[tuple[int, int, int]], seed: int
+) -> float:
+    """Largest absolute error of an exported graph over ``shapes``.
+
+    Raises:
+        ConfigurationError: If it is above the tolerance.
+    """
+    engine = OnnxEngine(path)
+    generator = np.random.default_rng(seed)
+    worst = 0.0
+    for batch, length, candidates in shapes:
+        context = min(length, checkpoint.schema.max_context)
+        rows = random_rows(checkpoint.schema, checkpoint.catalog, batch, context, candidates, generator)
+        error = graph.error(engine, checkpoint, *rows)
+        if not error <= TOLERANCE:
+            raise ConfigurationError(
+                f"{graph.name} differs from PyTorch by {error:.1e} at shape {batch} x {context} x {candidates}, "
+                f"more than {TOLERANCE:.0e}; it was not installed."
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def save_graph(module: nn.Module, path: Path, example: tuple[Tensor, ...], graph: _Graph) -> None:
+    """Trace ``module`` on ``example`` rows and write an ONNX file."""
+    # The exporter speaks of its own deprecated calls and of packages it can do without: nothing a user could act on.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=graph.dynamic_shapes,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path)
+    onnx.checker.check_model(str(path))
+
+
+def _graphs(checkpoint: Checkpoint) -> tuple[_Graph, _Graph]:
+    batch, context, candidates = Dim("batch", max=4096), Dim("context", max=4096), Dim("candidates", max=16_384)
+    rank = _Graph(
+        "mtgr_onnx_rank",
+        RankGraph(checkpoint.model),
+        ("context", "candidates"),
+        ("task_scores",),
+        ({0: batch, 1: context}, {0: batch, 1: candidates}),
+        rank_error,
+    )
+    retrieve = _Graph(
+        "mtgr_onnx_retrieve",
+        RetrieveGraph(checkpoint.model),
+        ("context",),
+        ("items", "scores"),
+        ({0: batch, 1: context},),
+        retrieve_error,
+    )
+    return rank, retrieve
+
+
+def _example(checkpoint: Checkpoint, count: int) -> tuple[Tensor, ...]:
+    """Rows to trace with; no dimension is 1, which the tracer would take for a constant."""
+    return random_rows(checkpoint.schema, checkpoint.catalog, 2, 40, 12, np.random.default_rng(0))[:count]
+
+
+def rank_error(engine: OnnxEngine, checkpoint: Checkpoint, context: Tensor, candidates: Tensor) -> float:
+    """Largest difference of task scores."""
+    with torch.inference_mode():
+        expected = checkpoint.model(context, candidates).numpy()
+    found = engine.infer({"context": context.numpy(), "candidates": candidates.numpy()}, ["task_scores"])["task_scores"]
+    return _difference(found, expected)
+
+
+def retrieve_error(engine: OnnxEngine, checkpoint: Checkpoint, context: Tensor, candidates: Tensor) -> float:
+    """Largest difference between an item's next-item probability and the reference's for the item at its rank.
+
+    Items of almost equal score may change places; the probabilities of what stands at each place may not differ.
+    """
+    with torch.inference_mode():
+        logits = checkpoint.model.next_item_logits(context)
+        expected, _ = checkpoint.model.retrieve(context)
+    probabilities = logits.softmax(dim=-1).numpy()
+    answer = engine.infer({"context": context.numpy()}, ["items", "scores"])
+    rows = np.arange(len(context))[:, None]
+    by_place = _difference(probabilities[rows, answer["items"] - 2], probabilities[rows, expected.numpy() - 2])
+    # The scores must be those of the items they stand beside: compare them as probabilities too.
+    normal = np.asarray(logits.logsumexp(dim=-1, keepdim=True))
+    return max(by_place, _difference(np.exp(answer["scores"] - normal), probabilities[rows, answer["items"] - 2]))
+
+
+def _difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(found - expected).max(initial=0.0)) if np.isfinite(found).all() else float("inf")
+
+
+def _manifest(graph: _Graph, checkpoint: Checkpoint, path: Path, error: float) -> Manifest:
+    model = onnx.load(path, load_external_data=False)
+    shapes = {
+        value.name: [
+            onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower(),
+            *(dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim),
+        ]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    return Manifest(
+        model=graph.name,
+        checkpoint=checkpoint.hash,
+        schema=checkpoint.schema.hash,
+        precision="fp32",
+        versions={
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "opset": str(OPSET),
+        },
+        shapes=shapes,
+        parity={"max_abs_error": error, "shapes": [list(shape) for shape in SHAPES]},
+        details={
+            "retrieve_count": checkpoint.model.retrieve_count,
+            "nodes": len(model.graph.node),
+            "template": template_hash(graph.name),
+        },
+    )

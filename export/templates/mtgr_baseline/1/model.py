@@ -1,0 +1,67 @@
+"""Triton adapter of the baseline engine; the logic is in ``mtgr.engines.baseline``."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+
+from mtgr.engines.baseline import BaselineEngine
+from mtgr.errors import InvalidRequestError
+
+INPUTS = ("context", "candidates")
+
+
+class TritonPythonModel:
+    """One forward pass for each set of requests of equal shape, which is what the batcher hands over."""
+
+    def initialize(self, args):
+        """Load the checkpoint that lies beside this file."""
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        torch.set_num_threads(int(parameters.get("threads", {}).get("string_value", "1")))
+        on_gpu = args["model_instance_kind"] == "GPU"
+        device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
+        self.engine = BaselineEngine(Path(args["model_repository"]) / args["model_version"], device)
+
+    def execute(self, requests):
+        """Responses in the order of the requests."""
+        responses = [None] * len(requests)
+        groups = {}
+        for index, request in enumerate(requests):
+            if request.is_cancelled():
+                responses[index] = _error("the request was cancelled.", pb_utils.TritonError.CANCELLED)
+                continue
+            tensors = {}
+            for name in INPUTS:
+                tensor = pb_utils.get_input_tensor_by_name(request, name)
+                if tensor is not None:
+                    tensors[name] = tensor.as_numpy()
+            key = tuple((name, array.shape[1:]) for name, array in tensors.items())
+            groups.setdefault(key, []).append((index, tensors))
+        for members in groups.values():
+            for index, response in zip((i for i, _ in members), self._run([t for _, t in members]), strict=True):
+                responses[index] = response
+        return responses
+
+    def _run(self, batch):
+        names = batch[0].keys()
+        merged = {
+            name: batch[0][name] if len(batch) == 1 else np.concatenate([t[name] for t in batch]) for name in names
+        }
+        try:
+            answer = self.engine.infer(merged)
+        except InvalidRequestError as error:
+            return [_error(str(error), pb_utils.TritonError.INVALID_ARG) for _ in batch]
+        except RuntimeError as error:  # PyTorch's, such as out of memory: these requests fail, the next may not
+            return [_error(f"the network failed: {error}", pb_utils.TritonError.INTERNAL) for _ in batch]
+        ends = np.cumsum([len(tensors["context"]) for tensors in batch])[:-1]
+        parts = {name: np.split(array, ends) for name, array in answer.items()}
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor(name, arrays[index]) for name, arrays in parts.items()])
+            for index in range(len(batch))
+        ]
+
+
+def _error(message, code):
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -1,0 +1,1 @@
+"""Engines that run in this process: what ``mtgr_baseline`` serves, and what the in-process pipeline calls."""
