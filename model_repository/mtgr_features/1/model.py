@@ -1,0 +1,74 @@
+"""Triton adapter of feature extraction; the logic is in ``mtgr.features``."""
+
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from mtgr.bundle import load_bundle
+from mtgr.errors import ConfigurationError, InvalidRequestError, UnavailableError
+from mtgr.features.extract import FeatureExtractor
+
+INPUTS = (
+    "user_id",
+    "history_items",
+    "history_actions",
+    "history_times",
+    "candidates",
+    "request_time",
+    "profile",
+    "strategy",
+    "top_k",
+)
+
+
+class TritonPythonModel:
+    """Answers every request of a batch by itself, so that a bad one does not touch its neighbours."""
+
+    def initialize(self, args):
+        """Load the installed bundle; without one the model is up and says what to run."""
+        self.extractor = None
+        try:
+            bundle = load_bundle(Path(args["model_repository"]).parent)
+            self.extractor = FeatureExtractor(bundle.schema, bundle.catalog, bundle.store())
+        except ConfigurationError as error:
+            self.problem = str(error)
+            pb_utils.Logger.log_warn(self.problem)
+
+    def execute(self, requests):
+        """One response per request."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request):
+        if self.extractor is None:
+            return _error(self.problem, pb_utils.TritonError.UNAVAILABLE)
+        tensors = {}
+        for name in INPUTS:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:
+                tensors[name] = tensor.as_numpy()
+        try:
+            features = self.extractor.extract(tensors)
+        except InvalidRequestError as error:
+            return _error(str(error), pb_utils.TritonError.INVALID_ARG)
+        except UnavailableError as error:
+            return _error(str(error), pb_utils.TritonError.UNAVAILABLE)
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("context", features.context[None]),
+                pb_utils.Tensor("candidate_state", features.candidate_state[None]),
+                pb_utils.Tensor("valid_candidates", features.candidates[None]),
+                pb_utils.Tensor("requested_strategy", _text(features.strategy)),
+                pb_utils.Tensor("requested_top_k", np.array([[features.top_k]], dtype=np.int32)),
+                pb_utils.Tensor("assigned_arm", _text(features.arm)),
+                pb_utils.Tensor("feature_labels", _text(",".join(features.labels))),
+            ]
+        )
+
+
+def _text(value):
+    return np.array([[value.encode()]], dtype=np.object_)
+
+
+def _error(message, code):
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -1,0 +1,145 @@
+"""Triton adapter of the router; the logic is in ``mtgr.routing``."""
+
+import asyncio
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from mtgr.bundle import load_bundle
+from mtgr.errors import ConfigurationError, UnavailableError
+from mtgr.features.extract import Features
+from mtgr.routing.readiness import artifact_problem
+from mtgr.routing.router import Router
+from mtgr.routing.settings import routing_config
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+READINESS_SECONDS = 1.0  # how long a model's readiness is taken to hold
+
+
+class TritonPythonModel:
+    """Answers each request through its response sender as soon as it is done, whoever came before it."""
+
+    def initialize(self, args):
+        """Load the installed bundle; without one the model is up, and ``mtgr_features`` says what to run."""
+        self.router = None
+        self.problem = ""
+        repository = Path(args["model_repository"]).parent
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        config = routing_config({name: value["string_value"] for name, value in parameters.items()})
+        try:
+            bundle = load_bundle(repository)
+            engines = BLSEngines(repository, bundle.schema.hash)
+            self.router = Router(bundle.schema, bundle.catalog, engines, config)
+        except ConfigurationError as error:
+            self.problem = str(error)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="router", daemon=True)
+        self.thread.start()
+
+    def execute(self, requests):
+        """Schedule the requests and return at once."""
+        for request in requests:
+            sender = request.get_response_sender()
+            if self.router is None:
+                sender.send(_error(self.problem, pb_utils.TritonError.UNAVAILABLE), flags=FINAL)
+            elif request.is_cancelled():
+                sender.send(_error("the request was cancelled.", pb_utils.TritonError.CANCELLED), flags=FINAL)
+            else:
+                # Inputs are copied here: Triton takes their memory back when execute returns.
+                asyncio.run_coroutine_threadsafe(self._answer(_features(request), sender), self.loop)
+
+    async def _answer(self, features, sender):
+        try:
+            response = _response(await self.router.route(features))
+        except UnavailableError as error:
+            response = _error(str(error), pb_utils.TritonError.UNAVAILABLE)
+        except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
+            pb_utils.Logger.log_error(f"router: {type(error).__name__}: {error}")
+            response = _error("the router failed; see the server's log.", pb_utils.TritonError.INTERNAL)
+        sender.send(response, flags=FINAL)
+
+    def finalize(self):
+        """Let requests in flight end, then stop the loop."""
+
+        async def drain():
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            if rest:
+                await asyncio.wait(rest, timeout=10)
+
+        asyncio.run_coroutine_threadsafe(drain(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+
+class BLSEngines:
+    """Engines as models of the same server."""
+
+    def __init__(self, repository, schema_hash):
+        self.repository = repository
+        self.schema_hash = schema_hash
+        self.known = {}
+
+    def unready_reason(self, model):
+        """None if the model is loaded and fits the schema; asked of the server at most once a second."""
+        checked, reason = self.known.get(model, (float("-inf"), None))
+        now = time.monotonic()
+        if now - checked > READINESS_SECONDS:
+            reason = artifact_problem(self.repository, model, self.schema_hash)
+            if reason is None and not pb_utils.is_model_ready(model):
+                reason = f"{model} is installed but not loaded (restart the server, and see its log)"
+            self.known[model] = (now, reason)
+        return reason
+
+    async def infer(self, model, inputs, outputs):
+        """Call the model; its answer as NumPy arrays."""
+        request = pb_utils.InferenceRequest(
+            model_name=model,
+            requested_output_names=list(outputs),
+            inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+        )
+        response = await request.async_exec()
+        if response.has_error():
+            raise UnavailableError(f"{model} failed: {response.error().message()}")
+        return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
+
+
+def _features(request):
+    def array(name):
+        return pb_utils.get_input_tensor_by_name(request, name).as_numpy()[0].copy()
+
+    labels = array("feature_labels")[0].decode()
+    return Features(
+        context=array("context"),
+        candidate_state=array("candidate_state"),
+        candidates=array("valid_candidates"),
+        strategy=array("requested_strategy")[0].decode(),
+        top_k=int(array("requested_top_k")[0]),
+        arm=array("assigned_arm")[0].decode(),
+        labels=tuple(labels.split(",")) if labels else (),
+    )
+
+
+def _response(ranking):
+    return pb_utils.InferenceResponse(
+        [
+            pb_utils.Tensor("items", ranking.items[None]),
+            pb_utils.Tensor("scores", ranking.scores[None]),
+            pb_utils.Tensor("task_scores", ranking.task_scores[None]),
+            pb_utils.Tensor("strategy", _text(ranking.strategy)),
+            pb_utils.Tensor("arm", _text(ranking.arm)),
+            pb_utils.Tensor("labels", _text(",".join(ranking.labels))),
+        ]
+    )
+
+
+def _text(value):
+    return np.array([[value.encode()]], dtype=np.object_)
+
+
+def _error(message, code):
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
