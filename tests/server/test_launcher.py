@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
-from launcher_repository import GATHER_TABLE, add_config, add_doors, add_ensemble, add_identity, add_onnx
 from tritonclient.utils import InferenceServerException
 
 from mtgr.errors import ConfigurationError, UnavailableError
@@ -28,6 +27,7 @@ from mtgr.serving.command import server_environment
 from mtgr.serving.find import find_native
 from mtgr.serving.launcher import install_launcher
 from mtgr.serving.report import format_reports, strategy_reports
+from tests.server.launcher_repository import GATHER_TABLE, add_config, add_doors, add_ensemble, add_identity, add_onnx
 
 CHECKPOINT = "0123456789abcdef" * 4
 # Long enough that requests sent together are merged on a busy machine.
