@@ -1,0 +1,61 @@
+# Everything sets itself up: a fresh clone needs nothing but Python 3.11 or later and a C compiler.
+PYTHON ?= python3
+# For example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for PyTorch without CUDA.
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKPOINT := build/checkpoint
+REPOSITORY := model_repository
+# Bounded, so that several processes on one machine do not fight for its cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint format train export serve bench clean help
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+demo: $(VENV)/.serve  ## train, export, serve, and recommend films to three users
+	$(BIN)/python -m mtgr.training --output $(CHECKPOINT) --if-missing
+	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY) --if-stale
+	$(BIN)/python clients/demo.py --model-repository $(REPOSITORY)
+
+test: $(VENV)/.dev  ## all tests: static, unit, and a real Triton server
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(VENV)/.serve  ## train the demo's checkpoint into build/checkpoint
+	$(BIN)/python -m mtgr.training --output $(CHECKPOINT)
+
+export: $(VENV)/.serve  ## put every engine that this machine can export into model_repository
+	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY)
+
+serve: $(VENV)/.serve  ## start Triton on model_repository (Ctrl-C ends it)
+	$(BIN)/python -m mtgr.serving --model-repository $(REPOSITORY)
+
+bench: $(VENV)/.serve  ## onnx against baseline, and what the door costs
+	$(BIN)/python -m perf.bench
+
+clean:  ## remove everything that was built, installed engines included; downloads too
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	git clean -fdXq $(REPOSITORY)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[serve,export]'
+	$(BIN)/python -m mtgr.serving --install-launcher
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.serve
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]'
+	touch $@
