@@ -15,7 +15,7 @@ help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
 demo: $(VENV)/.serve  ## train, export, serve, and recommend films to three users
-	$(BIN)/python -m mtgr.training --output $(CHECKPOINT) --if-missing
+	$(BIN)/python -m mtgr.training --output $(CHECKPOINT)
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY) --if-stale
 	$(BIN)/python clients/demo.py --model-repository $(REPOSITORY)
 
