@@ -77,6 +77,8 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     if not (directory / MODEL_FILE).is_file():
         raise ConfigurationError(f"there is no checkpoint in {directory}; run `make train`.")
     values = read_json(directory / CONFIG_FILE)
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ConfigurationError(f"{directory / CONFIG_FILE} holds no model config; run `make train` again.")
     config = ModelConfig.from_dict(values["model"])
     schema = Schema.load(directory / SCHEMA_FILE)
     catalog = ItemCatalog.load(directory / CATALOG_FILE)

@@ -98,10 +98,14 @@ class ModelConfig:
                         f"set {name} yourself."
                     )
                 object.__setattr__(self, name, self.d_model // self.num_heads)
-        for name in ("norm_epsilon", "temperature", "dropout"):
+        for name in ("norm_epsilon", "temperature", "dropout", "embedding_dropout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigurationError(f"model config: {name} is {value!r}; it must be a finite number.")
+        if not isinstance(self.relative_bias, bool):
+            raise ConfigurationError(
+                f"model config: relative_bias is {self.relative_bias!r}; it must be true or false."
+            )
         if not 0 < self.norm_epsilon < 1:
             raise ConfigurationError(f"model config: norm_epsilon is {self.norm_epsilon}; it must lie in (0, 1).")
         if self.static_attention not in ("full", "causal"):
@@ -141,7 +145,15 @@ class ModelConfig:
 
 # Widths of MTGR's Table of sizes (arXiv 2505.18654) from small to large; 22/1024 is its largest offline model.
 _PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"num_layers": 2, "d_model": 64, "num_heads": 2, "dropout": 0.2, "embedding_dropout": 0.1},
+    "tiny": {
+        "num_layers": 2,
+        "d_model": 96,
+        "num_heads": 3,
+        "item_dim": 96,
+        "relative_bias": True,  # what comes next in MovieLens-100K follows from the last few events
+        "dropout": 0.2,
+        "embedding_dropout": 0.1,
+    },
     "small": {"num_layers": 3, "d_model": 512, "num_heads": 2},
     "medium": {"num_layers": 5, "d_model": 768, "num_heads": 3},
     "large": {"num_layers": 15, "d_model": 768, "num_heads": 3},

@@ -72,7 +72,9 @@ CANDIDATE_COLUMNS = (
     "sessions",
     "session_events",
     "user_deviation",
+    "user_top_deviation",
     "similar_deviation",
+    "similar_top_deviation",
 )
 
 
@@ -217,7 +219,9 @@ class Schema:
             "sessions": LOG_COUNT_SIZE,
             "session_events": LOG_COUNT_SIZE,
             "user_deviation": DEVIATION_SIZE,
+            "user_top_deviation": DEVIATION_SIZE,
             "similar_deviation": DEVIATION_SIZE,
+            "similar_top_deviation": DEVIATION_SIZE,
         }
         return sizes[name]
 

@@ -79,9 +79,10 @@ def event_rows(
 
     surprise = event_surprise(schema, catalog, items, actions)
     item_last_time = np.full(len(items), NEVER, dtype=np.int64)
-    similar_events, similar_surprise = np.zeros((2, len(items)), dtype=np.int64)
+    similar_events, similar_surprise = np.zeros(len(items), dtype=np.int64), np.zeros_like(surprise)
     last_time = np.full(catalog.num_items, NEVER, dtype=np.int64)
-    events_of, surprise_of = np.zeros((2, catalog.num_items), dtype=np.int64)
+    events_of = np.zeros(catalog.num_items, dtype=np.int64)
+    surprise_of = np.zeros((catalog.num_items, surprise.shape[1]), dtype=np.int64)
     # Second by second: rows are built before the events of their own second count.
     for start, end in pairwise([*np.unique(before).tolist(), len(items)]):
         moment = slice(start, end)

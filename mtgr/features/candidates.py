@@ -31,12 +31,14 @@ from mtgr.schema import (
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 NEVER = -1  # stands for a time that does not exist
 _HEADER = 10
 _PRIOR_EVENTS = 20
 _PRIOR_SIMILARITY = 5 * SIMILARITY
-_USER_STEP, _SIMILAR_STEP = STRENGTH // 42, STRENGTH // 85  # buckets reach from about -0.37 and -0.19 to the opposite
+# Widths of buckets for the two kinds of strength; the first reach from about -0.37 and -0.19 to the opposite.
+_USER_STEPS = (STRENGTH // 42, STRENGTH // 32)
+_SIMILAR_STEPS = (STRENGTH // 85, STRENGTH // 64)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class CandidateState:
         seen_items: INT64 [M], internal ids of items the user had an event with, ascending.
         seen_times: INT64 [M], unix seconds of the last event with each.
         seen_events: INT64 [M], events with each.
-        seen_surprise: INT64 [M], how much stronger the actions on each were than is usual for it, summed.
+        seen_surprise: INT64 [M, 2], how much stronger the actions on each were than is usual for it, summed.
     """
 
     request_time: int
@@ -103,7 +105,7 @@ class CandidateState:
             self.context_length,
             len(self.category_events),
         ]
-        seen = [self.seen_items, seconds(self.seen_times), self.seen_events, self.seen_surprise]
+        seen = [self.seen_items, seconds(self.seen_times), self.seen_events, *self.seen_surprise.T]
         parts = [header, self.category_events, self.category_liked, *seen]
         return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
 
@@ -120,9 +122,9 @@ class CandidateState:
         request_time, first_time, last_time, *counts, num_categories = (int(v) for v in values[1:_HEADER])
         num_events, num_liked, num_sessions, session_events, context_length = counts
         rest = values[_HEADER + 2 * num_categories :]
-        if num_categories < 0 or len(values) < _HEADER + 2 * num_categories or len(rest) % 4:
+        if num_categories < 0 or len(values) < _HEADER + 2 * num_categories or len(rest) % 5:
             raise ConfigurationError("candidate_state has a wrong length; restart the server with one release.")
-        seen_items, seen_times, seen_events, seen_surprise = rest.reshape(4, -1)
+        seen_items, seen_times, seen_events, *seen_surprise = rest.reshape(5, -1)
         return cls(
             request_time=request_time + epoch,
             first_time=NEVER if first_time == NEVER else first_time + epoch,
@@ -137,7 +139,7 @@ class CandidateState:
             seen_items=seen_items,
             seen_times=np.where(seen_times == NEVER, NEVER, seen_times + epoch),
             seen_events=seen_events,
-            seen_surprise=seen_surprise,
+            seen_surprise=np.stack(seen_surprise, axis=-1),
         )
 
 
@@ -167,7 +169,7 @@ def build_candidate_state(
     seen_items, latest, which, counts = np.unique(
         items[::-1], return_index=True, return_inverse=True, return_counts=True
     )
-    surprise = np.zeros(len(seen_items), dtype=np.int64)
+    surprise = np.zeros((len(seen_items), 2), dtype=np.int64)
     np.add.at(surprise, which, event_surprise(schema, catalog, items, actions)[::-1])
     sessions, session_events = session_counts(times)
     return CandidateState(
@@ -189,7 +191,7 @@ def build_candidate_state(
 
 
 def event_surprise(schema: Schema, catalog: ItemCatalog, items: Int64Array, actions: Int32Array) -> Int64Array:
-    """INT64 [E]: how much stronger each action is than is usual for its item, in 1 / ``STRENGTH``."""
+    """INT64 [E, 2]: how much stronger each action is than is usual for its item, in 1 / ``STRENGTH``."""
     return strength(actions, schema.num_actions) - catalog.expected[items]
 
 
@@ -202,13 +204,13 @@ def similar_sums(
         catalog: The items.
         items: INT64 [k], internal ids.
         events: INT64 [I], the user's events with each item of the catalogue.
-        surprise: INT64 [I], their surprise, summed by item.
+        surprise: INT64 [I, 2], their surprise, summed by item.
 
     Returns:
-        INT64 [k] and INT64 [k]: events and surprise of the neighbours, weighted by similarity and summed.
+        INT64 [k] and INT64 [k, 2]: events and surprise of the neighbours, weighted by similarity and summed.
     """
     neighbours, similarity = catalog.neighbours[items], catalog.similarity[items].astype(np.int64)
-    return (similarity * events[neighbours]).sum(axis=1), (similarity * surprise[neighbours]).sum(axis=1)
+    return (similarity * events[neighbours]).sum(axis=1), np.einsum("kn,knc->kc", similarity, surprise[neighbours])
 
 
 def session_counts(times: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -241,7 +243,7 @@ def candidate_columns(
     category_events: Int64Array,
     category_liked: Int64Array,
     item_last_time: Int64Array,
-    surprise: npt.ArrayLike,
+    surprise: Int64Array,
     similar_events: Int64Array,
     similar_surprise: Int64Array,
 ) -> Int32Array:
@@ -261,9 +263,9 @@ def candidate_columns(
         category_events: INT64 [G] or [k, G], events by category.
         category_liked: INT64 [G] or [k, G], liked events by category.
         item_last_time: INT64 [k], unix seconds of the user's last event with the item, or ``NEVER``.
-        surprise: Surprise of the user's events, summed.
+        surprise: INT64 [2] or [k, 2], surprise of the user's events, summed.
         similar_events: INT64 [k], from ``similar_sums``.
-        similar_surprise: INT64 [k], likewise.
+        similar_surprise: INT64 [k, 2], likewise.
 
     Returns:
         INT32 [k, W], types and slots still 0.
@@ -276,8 +278,9 @@ def candidate_columns(
     liked_alike = (flags * category_liked).sum(axis=1)
     # Item-based nearest neighbours as features: how far the user's taste lies above the usual, in general and, beyond
     # that, on items like this one. Both are drawn towards 0 by some events without any surprise.
-    deviation = np.asarray(surprise, dtype=np.int64) // (np.asarray(num_events, dtype=np.int64) + _PRIOR_EVENTS)
-    similar_deviation = (similar_surprise - deviation * similar_events) // (similar_events + _PRIOR_SIMILARITY)
+    deviation = surprise // (np.asarray(num_events, dtype=np.int64)[..., None] + _PRIOR_EVENTS)
+    similar = similar_events[:, None]
+    similar_deviation = (similar_surprise - deviation * similar) // (similar + _PRIOR_SIMILARITY)
     snapshot = catalog.snapshot(request)
 
     def since(time: Int64Array) -> Int64Array:
@@ -298,8 +301,10 @@ def candidate_columns(
         "since_first": log_bucket(since(first), LOG_SECONDS_SIZE),
         "sessions": log_bucket(num_sessions, LOG_COUNT_SIZE),
         "session_events": log_bucket(session_events, LOG_COUNT_SIZE),
-        "user_deviation": deviation_bucket(deviation, _USER_STEP, DEVIATION_SIZE),
-        "similar_deviation": deviation_bucket(similar_deviation, _SIMILAR_STEP, DEVIATION_SIZE),
+        "user_deviation": deviation_bucket(deviation[..., 0], _USER_STEPS[0], DEVIATION_SIZE),
+        "user_top_deviation": deviation_bucket(deviation[..., 1], _USER_STEPS[1], DEVIATION_SIZE),
+        "similar_deviation": deviation_bucket(similar_deviation[:, 0], _SIMILAR_STEPS[0], DEVIATION_SIZE),
+        "similar_top_deviation": deviation_bucket(similar_deviation[:, 1], _SIMILAR_STEPS[1], DEVIATION_SIZE),
     }
     rows = np.zeros((len(items), schema.width), dtype=np.int32)
     for index, name in enumerate(schema.candidate_columns, start=FIRST_COLUMN):
@@ -319,7 +324,7 @@ def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, 
     Returns:
         INT32 [k, W], slots going on from the context's.
     """
-    events, surprise = np.zeros((2, catalog.num_items), dtype=np.int64)
+    events, surprise = np.zeros(catalog.num_items, dtype=np.int64), np.zeros((catalog.num_items, 2), dtype=np.int64)
     events[state.seen_items] = state.seen_events
     surprise[state.seen_items] = state.seen_surprise
     similar_events, similar_surprise = similar_sums(catalog, items, events, surprise)
@@ -337,7 +342,7 @@ def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, 
         category_events=state.category_events,
         category_liked=state.category_liked,
         item_last_time=state.last_seen(items),
-        surprise=int(state.seen_surprise.sum()),
+        surprise=state.seen_surprise.sum(axis=0),
         similar_events=similar_events,
         similar_surprise=similar_surprise,
     )

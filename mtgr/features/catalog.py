@@ -43,7 +43,7 @@ class ItemCatalog:
         categories: UINT8 [I, G], 1 where the item has the category.
         popularity: UINT8 [D, I], popularity bucket at the start of snapshot d, from earlier events only.
         liked_rate: UINT8 [D, I], bucketed share of liked events likewise.
-        expected: INT32 [I], smoothed mean strength of the item's actions, in units of ``STRENGTH``.
+        expected: INT32 [I, 2], smoothed means of what ``strength`` says of the item's actions.
         neighbours: INT32 [I, K], items that the same users had events with, the most similar first; 0 where there are
             fewer.
         similarity: INT32 [I, K], similarity to each neighbour, 0 to ``SIMILARITY``.
@@ -167,13 +167,21 @@ def build_catalog(
 
 
 def strength(actions: npt.ArrayLike, num_actions: int) -> Int64Array:
-    """Actions 0.. as integers from 0 to ``STRENGTH``; a schema's actions are in ascending order of strength."""
+    """How strong actions are, 0 to ``STRENGTH``, in two ways: by rank, and whether they are the strongest there is.
+
+    Args:
+        actions: Actions from 0 of any shape; a schema's are in ascending order of strength.
+        num_actions: Kinds of action.
+
+    Returns:
+        INT64 [..., 2].
+    """
     known = np.clip(np.asarray(actions, dtype=np.int64), 0, num_actions - 1)
-    return known * STRENGTH // max(num_actions - 1, 1)
+    return np.stack([known * STRENGTH // max(num_actions - 1, 1), (known == num_actions - 1) * STRENGTH], axis=-1)
 
 
 def expected_strength(items: Int64Array, actions: npt.ArrayLike, num_items: int, num_actions: int) -> Int32Array:
-    """INT32 [I]: mean strength of each item's events, drawn towards the mean of all.
+    """INT32 [I, 2]: mean strength of each item's events, drawn towards the mean of all.
 
     Args:
         items: INT64 [E], internal ids.
@@ -182,30 +190,47 @@ def expected_strength(items: Int64Array, actions: npt.ArrayLike, num_items: int,
         num_actions: Kinds of action.
     """
     strengths = strength(actions, num_actions)
-    overall = int(strengths.sum()) // len(items)
-    sums = np.bincount(items, strengths, num_items) + _PRIOR_EVENTS * overall
+    overall = strengths.sum(axis=0) // len(items)
+    sums = np.tile(_PRIOR_EVENTS * overall, (num_items, 1))
+    np.add.at(sums, items, strengths)
     counts = np.bincount(items, minlength=num_items) + _PRIOR_EVENTS
-    return (sums // counts).astype(np.int32)
+    expected: Int32Array = (sums // counts[:, None]).astype(np.int32)
+    return expected
 
 
 def similar_items(items: Int64Array, users: Int64Array, num_items: int) -> tuple[Int32Array, Int32Array]:
     """Each item's nearest neighbours by common users, and the similarities.
 
-    Of c common users and n_i users of item i the similarity is c / sqrt(n_i n_j) x c / (c + 1). It is computed in one
-    dense [I, I] matrix, which fits catalogues of some ten thousand items.
+    Of c common users and n_i users of item i the similarity is c / sqrt(n_i n_j) x c / (c + 1). Items are taken one by
+    one, so that memory grows with the log and not with the square of the catalogue.
 
     Args:
         items: INT64 [E], internal ids.
         users: INT64 [E], user indices.
         num_items: Internal ids, I.
+
+    Returns:
+        INT32 [I, neighbours] ids, nearest first, 0 where there are no more; INT32 of that shape, similarities.
     """
-    seen = np.zeros((int(users.max()) + 1, num_items), dtype=np.float32)
-    seen[users, items] = 1.0
-    common = (seen.T @ seen).astype(np.float64)  # counts are exact in fp32 up to 2^24 users
-    count = common.diagonal()
-    values = common * common / ((common + _PRIOR_USERS) * np.sqrt(np.maximum(np.outer(count, count), 1.0)))
-    np.fill_diagonal(values, 0.0)
-    similarity = np.rint(values * SIMILARITY).astype(np.int64)
-    order = np.argsort(-similarity, axis=1, kind="stable")[:, :_NEIGHBOURS]
-    nearest = np.take_along_axis(similarity, order, axis=1)
-    return np.where(nearest > 0, order, 0).astype(np.int32), nearest.astype(np.int32)
+    pairs = np.unique(users.astype(np.int64) * num_items + items)
+    user, item = pairs // num_items, pairs % num_items
+    of_user = np.searchsorted(user, np.arange(int(user.max()) + 2))
+    by_item = np.argsort(item, kind="stable")
+    of_item = np.searchsorted(item[by_item], np.arange(num_items + 1))
+    count = np.diff(of_item).astype(np.float64)
+    neighbours = np.zeros((num_items, _NEIGHBOURS), dtype=np.int32)
+    similarity = np.zeros((num_items, _NEIGHBOURS), dtype=np.int32)
+    for index in np.flatnonzero(count).tolist():
+        its_users = user[by_item[of_item[index] : of_item[index + 1]]].tolist()
+        met = np.concatenate([item[of_user[one] : of_user[one + 1]] for one in its_users])
+        common = np.bincount(met, minlength=num_items).astype(np.float64)
+        common[index] = 0.0
+        others = np.flatnonzero(common)
+        met_times = common[others]
+        values = met_times * met_times / ((met_times + _PRIOR_USERS) * np.sqrt(count[index] * count[others]))
+        scaled = np.rint(values * SIMILARITY).astype(np.int64)
+        nearest = np.argsort(-scaled, kind="stable")[:_NEIGHBOURS]
+        nearest = nearest[scaled[nearest] > 0]
+        neighbours[index, : len(nearest)] = others[nearest]
+        similarity[index, : len(nearest)] = scaled[nearest]
+    return neighbours, similarity

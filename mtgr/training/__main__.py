@@ -22,8 +22,9 @@ from mtgr.data.registry import DATASETS, find_dataset
 from mtgr.errors import ConfigurationError, MTGRError
 from mtgr.features.store import UserRecord, write_store
 from mtgr.files import read_json, replaced_directory, write_json
+from mtgr.schema import ROW_FORMAT
 from mtgr.training.evaluate import evaluate
-from mtgr.training.loop import Trainer
+from mtgr.training.loop import PROGRESS_FILE, Trainer
 from mtgr.training.prepare import PreparedData, prepare
 from mtgr.training.recipe import Recipe
 
@@ -52,6 +53,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--state", type=Path, default=Path("build/training-state"), help="where epochs are kept")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     parser.add_argument("--force", action="store_true", help="train even if the checkpoint is there")
+    parser.add_argument(
+        "--validate", action="store_true", help="fit without the validation part, score it, and write no checkpoint"
+    )
     defaults = Recipe()
     parser.add_argument("--epochs", type=int, default=defaults.epochs)
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
@@ -64,8 +68,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> None:
     names = {field.name for field in dataclasses.fields(Recipe)}
     recipe = Recipe(**{key: value for key, value in vars(options).items() if key in names})
-    made_of = {"dataset": options.dataset, "preset": options.preset, "recipe": recipe.to_dict()}
-    if not options.force and _is_made(options.output, made_of):
+    config = preset(options.preset)
+    made_of = {"dataset": options.dataset, "model": config.to_dict(), "recipe": recipe.to_dict(), "rows": ROW_FORMAT}
+    _check_replaceable(options.output, CONFIG_FILE)
+    _check_replaceable(options.state, PROGRESS_FILE)
+    if not options.force and not options.validate and _is_made(options.output, made_of):
         print(f"{options.output} is up to date; --force trains it again.")
         return
 
@@ -73,8 +80,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"preparing {options.dataset}", file=sys.stderr)
     entry = find_dataset(options.dataset)
     dataset = entry.factory()
-    data = prepare(dataset, entry.liked_action)
-    config = preset(options.preset)
+    data = prepare(dataset, entry.liked_action, "validation" if options.validate else "test")
     torch.manual_seed(recipe.seed)
     model = build_model(config, data.schema, data.catalog)
     trainer = Trainer(model, data.train_samples(), recipe, options.state)
@@ -86,21 +92,37 @@ def _run(options: argparse.Namespace) -> None:
 
     print("evaluating against the baselines", file=sys.stderr)
     report = evaluate(model, data, dataset.tasks())
-    record = made_of | {
-        "metrics": report.to_dict(),
-        "training_seconds": round(training_seconds, 1),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("mtgr", "numpy", "torch")},
-    }
-    with replaced_directory(options.output) as staging:
-        save_checkpoint(Checkpoint(model, config, data.schema, data.catalog, record), staging)
-        write_json(staging / METRICS_FILE, report.to_dict())
-        write_store(staging / STORE_FILE, _records(data))
+    if not options.validate:
+        record = made_of | {
+            "metrics": report.to_dict(),
+            "training_seconds": round(training_seconds, 1),
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("mtgr", "numpy", "torch")},
+        }
+        with replaced_directory(options.output) as staging:
+            save_checkpoint(Checkpoint(model, config, data.schema, data.catalog, record), staging)
+            write_json(staging / METRICS_FILE, report.to_dict())
+            write_store(staging / STORE_FILE, _records(data))
     shutil.rmtree(options.state, ignore_errors=True)
     print(report.table())
     print(
-        f"\n{options.output}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"\n{'nothing written' if options.validate else options.output}: "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{training_seconds:.0f} s of training, {time.monotonic() - started:.0f} s in all"
     )
+
+
+def _check_replaceable(directory: Path, marker: str) -> None:
+    """Refuse a directory that this command did not write: it would be replaced as a whole.
+
+    Raises:
+        ConfigurationError: If it holds files, but no ``marker``.
+    """
+    if directory.exists() and not (
+        directory.is_dir() and ((directory / marker).is_file() or not any(directory.iterdir()))
+    ):
+        raise ConfigurationError(
+            f"{directory} was not written by training and would be replaced; name another directory."
+        )
 
 
 def _is_made(output: Path, made_of: dict[str, Any]) -> bool:

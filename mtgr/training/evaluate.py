@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtgr.data.dataset import BoolArray, Task
+from mtgr.data.dataset import Task
 from mtgr.evaluation.baselines import ItemKNN, ItemRate, Popularity
 from mtgr.evaluation.bootstrap import Difference, auc_difference, gauc_difference, mean_difference
 from mtgr.evaluation.metrics import auc, gains_at_k, gauc, hits_at_k, item_columns, seen_mask, target_ranks
@@ -29,7 +29,7 @@ class Report:
     """Metrics of the model and of the baselines.
 
     Attributes:
-        part: Which events were scored, ``validation`` or ``test``; leave-last-out is the same for both.
+        part: Which events were scored, ``validation`` or ``test``.
         scores: Metric values by model, then by metric. Baselines without a ranking of the catalogue lack HR and NDCG.
         differences: The model's metric minus the baseline's, by baseline, then by metric; 95 % intervals from
             resampling users.
@@ -68,27 +68,25 @@ class Report:
         return "\n".join(lines)
 
 
-def evaluate(model: MTGR, data: PreparedData, tasks: Sequence[Task], part: str = "test") -> Report:
+def evaluate(model: MTGR, data: PreparedData, tasks: Sequence[Task]) -> Report:
     """Score held-out events and each user's last item with the model and the baselines.
 
-    All of them may use what came strictly before an event, and are fitted on the training part alone.
+    All of them may use what came strictly before an event, and are fitted on the same known events.
 
     Args:
         model: The network.
         data: The dataset.
         tasks: The dataset's tasks.
-        part: ``validation`` or ``test``.
     """
-    targets: BoolArray = getattr(data.split, part)
+    targets = ~data.known
     events = data.interactions.take(targets)
     ids = data.catalog.raw_ids
     popularity, rate, knn = Popularity(ids), ItemRate(ids), ItemKNN(ids, tasks)
-    known = data.interactions.take(data.split.train)
-    known_labels = {name: values[data.split.train] for name, values in data.train_labels.items()}
+    known = data.interactions.take(data.known)
     for baseline in (popularity, rate, knn):
-        baseline.fit(known, known_labels)
+        baseline.fit(known, data.known_labels)
 
-    predicted = predict_tasks(model, data.held_out_samples(targets), len(data.interactions))[targets]
+    predicted = predict_tasks(model, data.held_out_samples(), len(data.interactions))[targets]
     task_scores: dict[str, Mapping[str, Float64Array]] = {
         MODEL: {name: predicted[:, index] for index, name in enumerate(data.schema.task_names)}
     }
@@ -121,7 +119,7 @@ def evaluate(model: MTGR, data: PreparedData, tasks: Sequence[Task], part: str =
             scores[label][metric] = float(gain.mean())
             if label != MODEL:
                 differences[label][metric] = mean_difference(gains[MODEL], gain, last.user)
-    return Report(part, scores, differences)
+    return Report(data.part, scores, differences)
 
 
 def _auc(labels: npt.NDArray[Any], scores: npt.NDArray[Any], users: npt.NDArray[Any]) -> float:

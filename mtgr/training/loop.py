@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from mtgr.training.batches import Batch, collate, plan_batches
 from mtgr.training.losses import next_item_loss, task_loss
 from mtgr.training.recipe import Recipe
 
-_STATE_FILE, _PROGRESS_FILE = "state.safetensors", "progress.json"
+_STATE_FILE, PROGRESS_FILE = "state.safetensors", "progress.json"
 
 
 class Trainer:
@@ -96,15 +97,20 @@ class Trainer:
             ConfigurationError: If the state is of another recipe or model.
         """
         directory = self.state_directory
-        if directory is None or not (directory / _PROGRESS_FILE).is_file():
+        if directory is None or not (directory / PROGRESS_FILE).is_file():
             return False
-        progress = read_json(directory / _PROGRESS_FILE)
+        progress = read_json(directory / PROGRESS_FILE)
         expected = self._identity()
         if {key: progress.get(key) for key in expected} != expected:
             raise ConfigurationError(
                 f"{directory} holds the state of another run; finish that one, or remove the directory to start anew."
             )
-        tensors = load_file(directory / _STATE_FILE)
+        try:
+            tensors = load_file(directory / _STATE_FILE)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ConfigurationError(
+                f"the state in {directory} is damaged ({error}); remove it to start anew."
+            ) from error
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -180,4 +186,4 @@ class Trainer:
         progress = {"epoch": self.epoch, "steps": self.steps} | self._identity()
         with replaced_directory(directory) as staging:
             save_file(tensors, staging / _STATE_FILE)
-            write_json(staging / _PROGRESS_FILE, progress)
+            write_json(staging / PROGRESS_FILE, progress)

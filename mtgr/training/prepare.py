@@ -1,19 +1,29 @@
-"""From a dataset to a schema, a catalog, and samples, without looking past any user's cut."""
+"""From a dataset to a schema, a catalog, and samples, without looking past any user's cut.
+
+Every user's events are cut into 70 % for training, 10 % for validation, and 20 % for testing. Settings are chosen on
+validation by models and baselines fitted on the training part; the test events are cut off before anything is derived.
+The final model and its baselines are fitted on training and validation together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mtgr.data.dataset import BoolArray, Dataset, Int8Array, Int64Array, Interactions, User
 from mtgr.data.samples import Sample, build_samples
-from mtgr.data.split import Split, chronological_split, history_bounds, leave_last_out
+from mtgr.data.split import chronological_split, history_bounds, leave_last_out
+from mtgr.data.tasks import label_all
 from mtgr.features.catalog import SNAPSHOT_PERIOD, ItemCatalog, build_catalog
 from mtgr.schema import FIRST_COLUMN, TIME, ProfileField, Schema, TaskSpec
 
+Part = Literal["validation", "test"]
+
+_VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
 _NUMERIC_BUCKETS = 8
 _FRONTIER_POWER = 16
 _FRONTIER_WEIGHT = 0.3
@@ -30,7 +40,9 @@ _CANDIDATE_COLUMNS = (
     "sessions",
     "session_events",
     "user_deviation",
+    "user_top_deviation",
     "similar_deviation",
+    "similar_top_deviation",
 )
 
 Float32Array = npt.NDArray[np.float32]
@@ -41,53 +53,60 @@ class PreparedData:
     """A dataset made ready for training and evaluation.
 
     Attributes:
+        part: Which events are held out, ``validation`` or ``test``.
         users: The users.
-        interactions: The whole log.
-        split: Its parts.
+        interactions: The log: the whole one, or without the test part if that is not what is held out.
+        known: BOOL [E], events to fit on; the others are held out, and come after the user's known ones.
         last: INT64 [U'], each user's last event, for leave-last-out.
-        train_labels: INT8 [E] by task; only labels of training events are meaningful, and they are computed from
-            training events alone.
-        labels: INT8 [E] by task, computed from the whole log, for evaluation.
-        train_weights: FP32 [number of training events] by task, for tasks whose events do not count alike.
+        known_labels: INT8 [K] of the known events by task, computed from known events alone.
+        known_weights: FP32 [K] by task, for tasks whose events do not count alike.
+        labels: INT8 [E] by task, computed from the log, for evaluation.
         schema: The schema.
-        catalog: Items, with statistics of the training part.
+        catalog: Items, with statistics of the known events.
     """
 
+    part: Part
     users: list[User]
     interactions: Interactions
-    split: Split
+    known: BoolArray
     last: Int64Array
-    train_labels: Mapping[str, Int8Array]
+    known_labels: Mapping[str, Int8Array]
+    known_weights: Mapping[str, Float32Array]
     labels: Mapping[str, Int8Array]
-    train_weights: Mapping[str, Float32Array]
     schema: Schema
     catalog: ItemCatalog
 
     def train_samples(self) -> list[Sample]:
-        """Samples of the training part; no later event is in any context."""
-        train = self.split.train
-        known = self.interactions.take(train)
-        labels = {name: values[train] for name, values in self.train_labels.items()}
+        """Samples of the known events; no held-out event is in any context."""
+        known = self.interactions.take(self.known)
         everything = np.ones(len(known), dtype=np.bool_)
-        return build_samples(self.schema, self.catalog, self.users, known, labels, everything, self.train_weights)
+        return build_samples(
+            self.schema, self.catalog, self.users, known, self.known_labels, everything, self.known_weights
+        )
 
-    def held_out_samples(self, targets: BoolArray) -> list[Sample]:
-        """Samples whose candidates are the events ``targets`` (BOOL [E]), each on what came strictly before it."""
-        return build_samples(self.schema, self.catalog, self.users, self.interactions, self.labels, targets)
+    def held_out_samples(self) -> list[Sample]:
+        """Samples whose candidates are the held-out events, each on what came strictly before it."""
+        return build_samples(self.schema, self.catalog, self.users, self.interactions, self.labels, ~self.known)
 
 
-def prepare(dataset: Dataset, liked_action: int, max_history: int = 1900, realtime_step: int = 100) -> PreparedData:
-    """Split a dataset and derive everything else from its training part.
+def prepare(
+    dataset: Dataset, liked_action: int, part: Part = "test", max_history: int = 1900, realtime_step: int = 100
+) -> PreparedData:
+    """Split a dataset and derive everything else from the events before the held-out part.
 
     Args:
         dataset: The dataset.
         liked_action: Actions from this one on count as liked in cross features.
+        part: Events to hold out. For ``validation`` the test events are left out of everything.
         max_history: Longest segment S, in events.
         realtime_step: R_max, in events.
     """
     interactions, users, items, tasks = dataset.interactions(), dataset.users(), dataset.items(), dataset.tasks()
-    split = chronological_split(interactions, len(users))
-    known = interactions.take(split.train)
+    split = chronological_split(interactions, len(users), _VALIDATION_FRACTION, _TEST_FRACTION)
+    is_known = ~split.test
+    if part == "validation":
+        interactions, is_known = interactions.take(~split.test), split.train[~split.test]
+    known = interactions.take(is_known)
     categories = tuple(sorted({category for item in items for category in item.categories}))
     catalog = build_catalog(items, categories, known, liked_action)
     schema = Schema(
@@ -105,18 +124,15 @@ def prepare(dataset: Dataset, liked_action: int, max_history: int = 1900, realti
         max_history=max_history,
         realtime_step=realtime_step,
     )
-    train_labels = {}
-    for task in tasks:
-        train_labels[task.name] = np.zeros(len(interactions), dtype=np.int8)
-        train_labels[task.name][split.train] = task.label(known)
     return PreparedData(
+        part=part,
         users=users,
         interactions=interactions,
-        split=split,
+        known=is_known,
         last=leave_last_out(interactions, len(users)),
-        train_labels=train_labels,
-        train_weights={task.name: frontier_weights(known, len(users)) for task in tasks if task.looks_ahead},
-        labels={task.name: task.label(interactions) for task in tasks},
+        known_labels=label_all(tasks, known),
+        known_weights={task.name: frontier_weights(known, len(users)) for task in tasks if task.looks_ahead},
+        labels=label_all(tasks, interactions),
         schema=schema,
         catalog=catalog,
     )

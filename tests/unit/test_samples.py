@@ -24,7 +24,7 @@ from mtgr.model import MTGR
 from mtgr.schema import FIRST_COLUMN, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
 from mtgr.training.batches import collate
 from mtgr.training.prepare import PreparedData, prepare
-from tests.unit.synthetic import make_catalog, make_schema
+from tests.unit.synthetic import SyntheticDataset, make_catalog, make_schema
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -78,6 +78,49 @@ def assert_rows_agree(schema: Schema, catalog: ItemCatalog, user: User, log: Int
 def test_training_rows_are_the_served_rows(events: list[tuple[int, int, int]]) -> None:
     log = make_log(events)
     assert_rows_agree(SCHEMA, CATALOG, USER, log, range(len(log)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "user_column", "similar_column", "user_step", "similar_step"),
+    [(0, "user_deviation", "similar_deviation", 24, 12), (1, "user_top_deviation", "similar_top_deviation", 32, 16)],
+)
+def test_deviations_event_by_event(
+    kind: int, user_column: str, similar_column: str, user_step: int, similar_step: int
+) -> None:
+    """The columns' formulas on plain numbers: strengths of 0 to 1024, similarities likewise."""
+    known = SyntheticDataset().interactions()
+    log = random_log(5, 40)
+
+    def strengths(actions: list[int]) -> list[int]:
+        return [action * 256 if kind == 0 else 1024 * (action == 4) for action in actions]
+
+    overall = sum(strengths(known.action.tolist())) // len(known)
+
+    def usual(item: int) -> int:
+        own = strengths(known.action[known.item == item].tolist())
+        return (sum(own) + 2 * overall) // (len(own) + 2)
+
+    def similarity(item: int, other: int) -> int:
+        one, two = (set(known.user[known.item == which].tolist()) for which in (item, other))
+        common = len(one & two)
+        return round(1024 * common**2 / ((common + 1) * (len(one) * len(two)) ** 0.5)) if item != other else 0
+
+    rows = event_rows(SCHEMA, CATALOG, CATALOG.to_internal(log.item), log.action, log.time)
+    columns = {name: rows[:, index] for index, name in enumerate(SCHEMA.candidate_columns, start=FIRST_COLUMN)}
+    assert len(np.unique(columns[user_column])) > 3
+    assert len(np.unique(columns[similar_column])) > 3
+    for index, item in enumerate(log.item.tolist()):
+        before = log.take(log.time < log.time[index])
+        surprises = [
+            value - usual(other)
+            for value, other in zip(strengths(before.action.tolist()), before.item.tolist(), strict=True)
+        ]
+        weights = [similarity(item, other) for other in before.item.tolist()]
+        deviation = sum(surprises) // (len(surprises) + 20)
+        weighted = sum(w * s for w, s in zip(weights, surprises, strict=True))
+        similar = (weighted - deviation * sum(weights)) // (sum(weights) + 5 * 1024)
+        for column, value, step in ((user_column, deviation, user_step), (similar_column, similar, similar_step)):
+            assert columns[column][index] == 2 + min(max(value // step + 16, 0), 31), (index, column)
 
 
 def test_candidate_columns_vary() -> None:

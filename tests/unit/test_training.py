@@ -17,7 +17,9 @@ from torch import Tensor
 from mtgr.bundle import STORE_FILE
 from mtgr.checkpoint import build_model, load_checkpoint
 from mtgr.config import ModelConfig
+from mtgr.data.dataset import BoolArray, Interactions
 from mtgr.data.registry import DATASETS, DatasetEntry, find_dataset
+from mtgr.data.split import chronological_split
 from mtgr.errors import ConfigurationError
 from mtgr.features.store import SQLiteStore
 from mtgr.model import MTGR
@@ -26,7 +28,7 @@ from mtgr.training.__main__ import METRICS_FILE, main
 from mtgr.training.batches import collate
 from mtgr.training.loop import Trainer
 from mtgr.training.losses import next_item_loss, task_loss
-from mtgr.training.prepare import PreparedData, frontier_weights, prepare
+from mtgr.training.prepare import Part, PreparedData, frontier_weights, prepare
 from mtgr.training.recipe import Recipe
 from tests.unit.synthetic import LIKED, SyntheticDataset
 
@@ -44,6 +46,63 @@ def data() -> PreparedData:
 def new_model(data: PreparedData) -> MTGR:
     torch.manual_seed(RECIPE.seed)
     return build_model(CONFIG, data.schema, data.catalog)
+
+
+class ChangedDataset(SyntheticDataset):
+    """The synthetic dataset with other actions in the events ``changed``, BOOL [E]."""
+
+    def __init__(self, changed: BoolArray) -> None:
+        super().__init__()
+        self._changed = changed
+
+    def interactions(self) -> Interactions:
+        log = super().interactions()
+        return dataclasses.replace(log, action=np.where(self._changed, 4 - log.action, log.action).astype(np.int32))
+
+
+def fitted_on(data: PreparedData) -> list[bytes]:
+    """All that a model is fitted on."""
+    catalog = [getattr(data.catalog, field.name) for field in dataclasses.fields(data.catalog)]
+    samples = [getattr(sample, field.name) for sample in data.train_samples() for field in dataclasses.fields(sample)]
+    return [np.asarray(value).tobytes() for value in (*catalog, *samples)] + [data.schema.hash.encode()]
+
+
+def test_parts_are_nested(data: PreparedData) -> None:
+    log = SyntheticDataset().interactions()
+    split = chronological_split(log, 40, 0.1, 0.2)
+    np.testing.assert_array_equal(data.known, split.train | split.validation)
+    assert len(data.interactions) == len(log)
+
+    validation = prepare(SyntheticDataset(), LIKED, "validation", max_history=16, realtime_step=8)
+    assert (data.part, validation.part) == ("test", "validation")
+    np.testing.assert_array_equal(validation.interactions.time, log.time[~split.test])
+    np.testing.assert_array_equal(validation.known, split.train[~split.test])
+    for prepared in (data, validation):
+        assert set(np.concatenate([sample.events for sample in prepared.held_out_samples()])) == set(
+            np.flatnonzero(~prepared.known)
+        )
+        assert not prepared.known[prepared.last].any()
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_nothing_held_out_is_fitted_on(part: Part) -> None:
+    split = chronological_split(SyntheticDataset().interactions(), 40, 0.1, 0.2)
+    held_out = split.test if part == "test" else split.test | split.validation
+
+    def fitted(dataset: SyntheticDataset) -> list[bytes]:
+        return fitted_on(prepare(dataset, LIKED, part, max_history=16, realtime_step=8))
+
+    expected = fitted(SyntheticDataset())
+    assert fitted(ChangedDataset(held_out)) == expected
+    assert fitted(ChangedDataset(~held_out)) != expected
+
+
+def test_validation_knows_nothing_of_the_test_part() -> None:
+    split = chronological_split(SyntheticDataset().interactions(), 40, 0.1, 0.2)
+    one, other = (prepare(dataset, LIKED, "validation") for dataset in (SyntheticDataset(), ChangedDataset(split.test)))
+    np.testing.assert_array_equal(one.interactions.action, other.interactions.action)
+    for task, labels in one.labels.items():
+        np.testing.assert_array_equal(labels, other.labels[task])
 
 
 class InterruptedRunError(Exception):
@@ -180,7 +239,7 @@ def test_padding_has_no_loss(data: PreparedData) -> None:
 
 
 def test_frontier_weights_gather_where_users_end(data: PreparedData) -> None:
-    known = data.interactions.take(data.split.train)
+    known = data.interactions.take(data.known)
     weights = frontier_weights(known, len(data.users))
     sums = np.bincount(known.user, weights)
     np.testing.assert_allclose(sums, sums[0], rtol=1e-4)
@@ -244,6 +303,14 @@ def test_command_line(command: list[str], tmp_path: Path, capsys: pytest.Capture
     assert (output / "config.json").stat().st_mtime_ns == before
     assert main([*command, "--seed", "5", "--force"]) == 0
     assert load_checkpoint(output).hash != checkpoint.hash
+
+
+def test_validating_writes_nothing(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--validate"]) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("validation")
+    assert "MTGR minus item-kNN" in table
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_line_resumes(
