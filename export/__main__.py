@@ -7,14 +7,17 @@ import filecmp
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import torch
 
 from export.baseline import export_baseline
 from export.install import template_hash
-from export.onnx import export_onnx
-from mtgr.bundle import STORE_FILE, bundle_directory, install_bundle
+from export.onnx import OPSET, export_onnx
+from mtgr.bundle import STORE_FILE, bundle_directory, stage_bundle
 from mtgr.checkpoint import checkpoint_hash, load_checkpoint
 from mtgr.errors import ConfigurationError, MTGRError
 from mtgr.features.catalog import CATALOG_FILE
@@ -46,20 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
 def export(checkpoint_directory: Path, model_repository: Path, store: Path | None = None) -> None:
     """Install bundle, ``baseline`` and ``onnx`` into a model repository, with a line of progress for each."""
     checkpoint = load_checkpoint(checkpoint_directory)
-    steps: tuple[tuple[str, Callable[[], None]], ...] = (
-        ("mtgr_baseline", lambda: export_baseline(checkpoint_directory, model_repository)),
-        ("mtgr_onnx_rank, mtgr_onnx_retrieve", lambda: export_onnx(checkpoint, model_repository)),
-        # Last: until it is there, requests are refused instead of answered by engines of another checkpoint.
-        (
-            "bundle of mtgr_features",
-            lambda: install_bundle(checkpoint_directory, store or checkpoint_directory / STORE_FILE, model_repository),
-        ),
-    )
-    for name, step in steps:
-        print(f"exporting {name} ...", end="", flush=True)
-        start = time.perf_counter()
-        step()
-        print(f" done in {time.perf_counter() - start:.1f} s", flush=True)
+    store = store or checkpoint_directory / STORE_FILE
+    with ExitStack() as stack:  # all of it is checked before any of it is installed
+        steps: tuple[tuple[str, Callable[[], None]], ...] = (
+            ("bundle of mtgr_features", lambda: stage_bundle(checkpoint_directory, store, model_repository, stack)),
+            ("mtgr_baseline", lambda: export_baseline(checkpoint, checkpoint_directory, model_repository, stack)),
+            ("mtgr_onnx_rank, mtgr_onnx_retrieve", lambda: export_onnx(checkpoint, model_repository, stack)),
+        )
+        for name, step in steps:
+            print(f"exporting {name} ...", end="", flush=True)
+            start = time.perf_counter()
+            step()
+            print(f" done in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def is_installed(checkpoint_directory: Path, model_repository: Path, store: Path | None = None) -> bool:
@@ -82,9 +83,16 @@ def is_installed(checkpoint_directory: Path, model_repository: Path, store: Path
         return False
     return same_files and all(
         manifest.checkpoint == expected
-        and manifest.versions.get("torch") == torch.__version__
+        and all(installed_version(name) == version for name, version in manifest.versions.items())
         and manifest.details.get("template") == template_hash(manifest.model)
         for manifest in manifests
+    )
+
+
+def installed_version(name: str) -> str | None:
+    """Version of a package as manifests record it; the opset is a package's version for this purpose."""
+    return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}.get(
+        name, str(OPSET) if name == "opset" else None
     )
 
 

@@ -28,24 +28,19 @@ def model_directory(name: str, model_repository: Path, checkpoint: Checkpoint) -
         The version directory to put the artifact into.
     """
     # Staged inside the door's directory: the same file system, and Triton looks for versions only there.
-    staging_root = model_repository / DOOR_MODEL / "staging"
-    try:
-        with replaced_directory(model_repository / name, staging_root) as staging:
-            version = staging / "1"
-            version.mkdir()
-            template = TEMPLATES / name
-            config = string.Template((template / "config.pbtxt").read_text(encoding="utf-8")).substitute(
-                width=checkpoint.schema.width,
-                tasks=len(checkpoint.schema.tasks),
-                retrieved=checkpoint.model.retrieve_count,
-            )
-            (staging / "config.pbtxt").write_text(config, encoding="utf-8")
-            for source in template.glob("1/*.py"):
-                (version / source.name).write_bytes(source.read_bytes())
-            yield version
-    finally:
-        if staging_root.is_dir() and not any(staging_root.iterdir()):
-            staging_root.rmdir()
+    with replaced_directory(model_repository / name, model_repository / DOOR_MODEL / "staging") as staging:
+        version = staging / "1"
+        version.mkdir()
+        template = TEMPLATES / name
+        config = string.Template((template / "config.pbtxt").read_text(encoding="utf-8")).substitute(
+            width=checkpoint.schema.width,
+            tasks=len(checkpoint.schema.tasks),
+            retrieved=checkpoint.model.retrieve_count,
+        )
+        (staging / "config.pbtxt").write_text(config, encoding="utf-8")
+        for source in template.glob("1/*.py"):
+            (version / source.name).write_bytes(source.read_bytes())
+        yield version
 
 
 def template_hash(name: str) -> str:

@@ -28,6 +28,7 @@ from mtgr.checkpoint import Checkpoint
 from mtgr.engines.onnx import OnnxEngine
 from mtgr.errors import ConfigurationError
 from mtgr.manifest import Manifest
+from mtgr.schema import FIRST_ID
 
 OPSET = 20
 TOLERANCE = 1e-5  # absolute, on probabilities: another path in fp32
@@ -48,24 +49,24 @@ class _Graph:
     error: Callable[[OnnxEngine, Checkpoint, Tensor, Tensor], float]
 
 
-def export_onnx(checkpoint: Checkpoint, model_repository: Path, seed: int = 0) -> None:
-    """Export, check, and install ``mtgr_onnx_rank`` and ``mtgr_onnx_retrieve``.
+def export_onnx(checkpoint: Checkpoint, model_repository: Path, stack: ExitStack, seed: int = 0) -> None:
+    """Export and check ``mtgr_onnx_rank`` and ``mtgr_onnx_retrieve``.
 
     Args:
         checkpoint: A trained model.
         model_repository: Where the models go.
+        stack: Installs them when it closes without an error, together with whatever else it holds.
         seed: Of the rows that the graphs are checked on.
 
     Raises:
         ConfigurationError: If a graph misses the tolerance at any shape; what was installed before stays.
     """
-    with ExitStack() as stack:  # both are installed, or neither
-        for graph in _graphs(checkpoint):
-            version = stack.enter_context(model_directory(graph.name, model_repository, checkpoint))
-            path = version / "model.onnx"
-            save_graph(graph.module, path, _example(checkpoint, len(graph.inputs)), graph)
-            error = check_graph(graph, path, checkpoint, SHAPES, seed)
-            _manifest(graph, checkpoint, path, error).save(version)
+    for graph in _graphs(checkpoint):
+        version = stack.enter_context(model_directory(graph.name, model_repository, checkpoint))
+        path = version / "model.onnx"
+        save_graph(graph.module, path, _example(checkpoint, len(graph.inputs)), graph)
+        error = check_graph(graph, path, checkpoint, SHAPES, seed)
+        _manifest(graph, checkpoint, path, error).save(version)
 
 
 def check_graph(
@@ -148,20 +149,20 @@ def rank_error(engine: OnnxEngine, checkpoint: Checkpoint, context: Tensor, cand
 
 
 def retrieve_error(engine: OnnxEngine, checkpoint: Checkpoint, context: Tensor, candidates: Tensor) -> float:
-    """Largest difference between an item's next-item probability and the reference's for the item at its rank.
+    """Largest difference of cosine similarities: of the item at each place, and of the score beside it.
 
-    Items of almost equal score may change places; the probabilities of what stands at each place may not differ.
+    Items of almost equal score may change places; the similarity of what stands at a place may not differ.
     """
     with torch.inference_mode():
-        logits = checkpoint.model.next_item_logits(context)
-        expected, _ = checkpoint.model.retrieve(context)
-    probabilities = logits.softmax(dim=-1).numpy()
+        logits = checkpoint.model.next_item_logits(context).numpy()
+        expected = checkpoint.model.retrieve(context)[1].numpy()
     answer = engine.infer({"context": context.numpy()}, ["items", "scores"])
-    rows = np.arange(len(context))[:, None]
-    by_place = _difference(probabilities[rows, answer["items"] - 2], probabilities[rows, expected.numpy() - 2])
-    # The scores must be those of the items they stand beside: compare them as probabilities too.
-    normal = np.asarray(logits.logsumexp(dim=-1, keepdim=True))
-    return max(by_place, _difference(np.exp(answer["scores"] - normal), probabilities[rows, answer["items"] - 2]))
+    items = answer["items"].astype(np.int64) - FIRST_ID
+    distinct = all(len(np.unique(row)) == len(row) for row in items)
+    if items.shape != expected.shape or not distinct or items.min() < 0 or items.max() >= logits.shape[1]:
+        return float("inf")
+    found = np.take_along_axis(logits, items, axis=1)
+    return checkpoint.config.temperature * max(_difference(found, expected), _difference(answer["scores"], expected))
 
 
 def _difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +55,16 @@ def load_bundle(model_repository: Path) -> Bundle:
     return Bundle(schema, catalog, directory)
 
 
-def install_bundle(checkpoint: Path, store: Path, model_repository: Path) -> None:
-    """Copy schema, catalog, and feature store into a model repository, in one step."""
+def stage_bundle(checkpoint: Path, store: Path, model_repository: Path, stack: ExitStack) -> None:
+    """Copy schema, catalog, and feature store; ``stack`` puts them in place when it closes without an error.
+
+    Raises:
+        ConfigurationError: If there is no such store.
+    """
+    if not store.is_file():
+        raise ConfigurationError(f"there is no feature store at {store}; name one with --store, or run `make train`.")
     target = bundle_directory(model_repository)
-    with replaced_directory(target) as staging:
-        shutil.copy2(checkpoint / SCHEMA_FILE, staging / SCHEMA_FILE)
-        shutil.copy2(checkpoint / CATALOG_FILE, staging / CATALOG_FILE)
-        shutil.copy2(store, staging / STORE_FILE)
+    staging = stack.enter_context(replaced_directory(target, target.with_name("staging")))
+    shutil.copy2(checkpoint / SCHEMA_FILE, staging / SCHEMA_FILE)
+    shutil.copy2(checkpoint / CATALOG_FILE, staging / CATALOG_FILE)
+    shutil.copy2(store, staging / STORE_FILE)

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,17 @@ def replaced_directory(target: Path, staging_root: Path | None = None) -> Iterat
         elif not _exchange(staging, target):
             aside = staging.with_name(staging.name + ".old")
             os.rename(target, aside)
-            os.rename(staging, target)
+            try:
+                os.rename(staging, target)
+            except OSError:
+                os.rename(aside, target)
+                raise
             shutil.rmtree(aside)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if staging_root != target.parent:
+            with suppress(OSError):  # others may still grow there
+                staging_root.rmdir()
 
 
 def _exchange(first: Path, second: Path) -> bool:

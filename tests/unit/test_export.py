@@ -19,12 +19,13 @@ from torch import Tensor
 import export.onnx as onnx_export
 from export.__main__ import ENGINES, export, is_installed, main
 from export.graphs import RankGraph, RetrieveGraph
-from export.onnx import SHAPES, TOLERANCE, export_onnx
+from export.onnx import SHAPES, TOLERANCE
+from export.rows import random_rows
 from mtgr.bundle import STORE_FILE, load_bundle
 from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
-from mtgr.errors import ConfigurationError
+from mtgr.errors import ConfigurationError, InvalidRequestError
 from mtgr.features.store import UserRecord, write_store
 from mtgr.manifest import MANIFEST_FILE, Manifest
 from tests.unit.models import batch, random_user, small_catalog, small_config, small_schema, spread_model
@@ -202,7 +203,8 @@ def test_a_graph_that_misses_the_tolerance_leaves_everything_as_it_was(
     before = fingerprint(copy)
     assert f"{model}/1/model.onnx" in before
     with pytest.raises(ConfigurationError, match=f"{model} differs from PyTorch by .* it was not installed"):
-        export_onnx(loaded, copy)
+        export(checkpoint, copy)
+    # Not the baseline and the bundle either: engines of two checkpoints would rank differently.
     assert fingerprint(copy) == before
 
 
@@ -214,7 +216,7 @@ def test_a_first_export_that_fails_leaves_nothing(
 
     monkeypatch.setattr(onnx_export, "save_graph", half_written)
     with pytest.raises(ConfigurationError, match="ONNX Runtime cannot load"):
-        export_onnx(load_checkpoint(checkpoint), tmp_path)
+        export(checkpoint, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not (tmp_path / "mtgr_onnx_rank").exists()
     assert not (tmp_path / "mtgr_features" / "staging").exists()
@@ -272,3 +274,15 @@ def test_command_line_without_a_checkpoint_says_what_to_run(
     assert main([*arguments, *options]) == 2
     assert "run `make train`" in capsys.readouterr().err
     assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.parametrize("name", ["context", "candidates"])
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_the_baseline_refuses_ids_out_of_range(checkpoint: Path, name: str, value: int) -> None:
+    engine = BaselineEngine(checkpoint)
+    context, candidates = random_rows(SCHEMA, CATALOG, 2, 9, 4, np.random.default_rng(0))
+    inputs = {"context": context.numpy(), "candidates": candidates.numpy()}
+    assert np.isfinite(engine.infer(inputs)["task_scores"]).all()
+    inputs[name][1, -1 if name == "candidates" else 0, SCHEMA.item_column] = value
+    with pytest.raises(InvalidRequestError, match=f"{name} has an id out of range in column {SCHEMA.item_column}"):
+        engine.infer(inputs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from export.baseline import export_baseline
-from mtgr.bundle import STORE_FILE, install_bundle
-from mtgr.checkpoint import Checkpoint, save_checkpoint
+from mtgr.bundle import STORE_FILE, stage_bundle
+from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mtgr.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from mtgr.features.store import UserRecord, write_store
 from mtgr.pipeline import OptimizedInferencePipeline, PipelineConfig
@@ -34,8 +35,9 @@ def checkpoint(tmp_path: Path) -> Path:
 def repository(checkpoint: Path, tmp_path: Path) -> Path:
     """A repository that holds the bundle and the baseline, as one looks while ONNX is not exported yet."""
     directory = tmp_path / "repository"
-    export_baseline(checkpoint, directory)
-    install_bundle(checkpoint, checkpoint / STORE_FILE, directory)
+    with ExitStack() as stack:
+        stage_bundle(checkpoint, checkpoint / STORE_FILE, directory, stack)
+        export_baseline(load_checkpoint(checkpoint), checkpoint, directory, stack)
     return directory
 
 
@@ -78,7 +80,7 @@ def test_the_baseline_serves_and_auto_finds_it(repository: Path) -> None:
 
 def test_engines_that_need_triton_are_unavailable(repository: Path) -> None:
     served = pipeline(repository)
-    with pytest.raises(UnavailableError, match=r"strategy tensorrt: mtgr_tensorrt_rank is not installed \(run `python"):
+    with pytest.raises(UnavailableError, match="strategy tensorrt: mtgr_tensorrt_rank is not installed"):
         served.infer_recommendations("ann", candidates=[10], request_time=NOW, use_optimization="tensorrt")
     with pytest.raises(UnavailableError, match="strategy vllm: mtgr_vllm is not installed"):
         served.infer_recommendations("ann", request_time=NOW, use_optimization="vllm")

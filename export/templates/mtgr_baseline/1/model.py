@@ -52,7 +52,9 @@ class TritonPythonModel:
         try:
             answer = self.engine.infer(merged)
         except InvalidRequestError as error:
-            return [_error(str(error), pb_utils.TritonError.INVALID_ARG) for _ in batch]
+            if len(batch) > 1:  # find the one that is wrong; the others are answered
+                return [response for tensors in batch for response in self._run([tensors])]
+            return [_error(str(error), pb_utils.TritonError.INVALID_ARG)]
         except RuntimeError as error:  # PyTorch's, such as out of memory: these requests fail, the next may not
             return [_error(f"the network failed: {error}", pb_utils.TritonError.INTERNAL) for _ in batch]
         ends = np.cumsum([len(tensors["context"]) for tensors in batch])[:-1]
