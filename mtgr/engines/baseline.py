@@ -12,6 +12,7 @@ import torch
 
 from mtgr.checkpoint import load_checkpoint
 from mtgr.errors import ConfigurationError, InvalidRequestError
+from mtgr.schema import FIRST_COLUMN, SLOT_COLUMN, TIME, TYPE_COLUMN, TokenType
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -46,21 +47,42 @@ class BaselineEngine:
             ``task_scores`` FP32 [B, k, T] with candidates; ``items`` INT32 [B, m] and ``scores`` FP32 [B, m] without.
 
         Raises:
-            InvalidRequestError: If the rows have another width than the schema's, or there is no context.
+            InvalidRequestError: If the rows have another width than the schema's, an id is out of range, or there is no
+                context.
         """
         for name, rows in inputs.items():
             if rows.ndim != 3 or rows.shape[2] != self.schema.width:
                 raise InvalidRequestError(
                     f"{name} has shape {list(rows.shape)}; it must be [batch, tokens, {self.schema.width}]."
                 )
-        if inputs["context"].shape[1] == 0:
+        if "context" not in inputs or inputs["context"].shape[1] == 0:
             raise InvalidRequestError("context has no tokens; it must have at least one.")
+        for name, rows in inputs.items():
+            self._check_ids(name, rows)
         context = self._tensor(inputs["context"])
         with torch.inference_mode():
             if "candidates" in inputs:
                 return {"task_scores": self.model(context, self._tensor(inputs["candidates"])).cpu().numpy()}
             items, scores = self.model.retrieve(context)
             return {"items": items.cpu().numpy(), "scores": scores.cpu().numpy()}
+
+    def _check_ids(self, name: str, rows: npt.NDArray[Any]) -> None:
+        """An id out of range would stop a GPU for every later request, not only for this one."""
+        schema = self.schema
+        sizes = np.full(schema.width, np.iinfo(np.int32).max, dtype=np.int64)
+        columns = schema.event_columns if name == "context" else schema.candidate_columns
+        for index, column in enumerate(columns, start=FIRST_COLUMN):
+            if column != TIME:
+                sizes[index] = schema.column_size(column)
+        sizes[TYPE_COLUMN] = len(TokenType)
+        sizes[SLOT_COLUMN] = self.model.config.max_positions if name == "context" else sizes[SLOT_COLUMN]
+        limits = np.broadcast_to(sizes, rows.shape)
+        if name == "context":
+            limits = limits.copy()
+            limits[..., FIRST_COLUMN][rows[..., TYPE_COLUMN] == TokenType.PROFILE] = schema.profile_size
+        if ((rows < 0) | (rows >= limits)).any():
+            wrong = int(((rows < 0) | (rows >= limits)).any(axis=(0, 1)).argmax())
+            raise InvalidRequestError(f"{name} has an id out of range in column {wrong}; build rows with the schema.")
 
     def _tensor(self, rows: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32)).to(self.device)

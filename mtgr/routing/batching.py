@@ -43,7 +43,7 @@ class _Model:
 class ShapeBatcher:
     """Calls an engine with batches of calls that have the same shapes.
 
-    Bound to the event loop it is first used in. A call that is cancelled while it waits is dropped; an engine's error
+    For one event loop at a time. A call that is cancelled while it waits is dropped; an engine's error
     reaches every call of its batch.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,6 +47,7 @@ class RoutingConfig:
         max_batch: Most requests merged into one call of a dense engine.
         max_running: Calls that a dense engine is given at a time: as many as it has instances.
         max_pending: Requests in flight; further ones are refused at once.
+        engine_timeout: Seconds for one call of an engine, its wait for the engine included.
     """
 
     task_weights: Mapping[str, float] = field(
@@ -58,6 +59,7 @@ class RoutingConfig:
     max_batch: int = 32
     max_running: int = 1
     max_pending: int = 1024
+    engine_timeout: float = 5.0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -68,6 +70,8 @@ class RoutingConfig:
         for name in ("default_top_k", "rank_limit", "max_batch", "max_running", "max_pending"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"routing: {name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.engine_timeout > 0:
+            raise ConfigurationError(f"routing: engine_timeout is {self.engine_timeout}; it must be positive.")
         if not all(np.isfinite(weight) for weight in self.task_weights.values()):
             raise ConfigurationError("routing: task weights must be finite numbers.")
 
@@ -184,17 +188,27 @@ class Router:
         order = np.lexsort((raw, -scores))[:wanted]
         return Ranking(raw[order], scores[order], task_scores[order], strategy.name, features.arm, labels)
 
-    def _infer(self, strategy: Strategy) -> Callable[..., Awaitable[Arrays]]:
-        """Dense engines get batches of one shape; an engine with continuous batching gets each request at once."""
-        return self._merged.infer if strategy.padded else self.engines.infer
+    async def _infer(self, strategy: Strategy, model: str, inputs: Arrays, output: str) -> npt.NDArray[Any]:
+        """One output of one call, without the batch dimension.
+
+        Dense engines get batches of one shape; an engine with continuous batching gets each request at once.
+        """
+        infer = self._merged.infer if strategy.padded else self.engines.infer
+        try:
+            async with asyncio.timeout(self.config.engine_timeout):
+                answer = await infer(model, inputs, [output])
+        except TimeoutError as error:
+            raise UnavailableError(f"{model} did not answer within {self.config.engine_timeout:g} s") from error
+        result: npt.NDArray[Any] = answer[output][0]
+        return result
 
     def _context(self, strategy: Strategy, rows: Int32Array) -> Int32Array:
         return pad(rows, bucket(len(rows), CONTEXT_BUCKETS)) if strategy.padded else rows[None]
 
     async def _retrieve(self, strategy: Strategy, context: Int32Array, state: CandidateState, limit: int) -> Int64Array:
         """Internal ids of at most ``limit`` items, best first."""
-        answer = await self._infer(strategy)(strategy.retrieve_model, {"context": context}, ["items"])
-        items: Int64Array = answer["items"][0].astype(np.int64)
+        answer = await self._infer(strategy, strategy.retrieve_model, {"context": context}, "items")
+        items: Int64Array = answer.astype(np.int64)
         if self.config.remove_seen:
             items = items[~np.isin(items, state.seen_items)]
         return items[:limit]
@@ -210,9 +224,9 @@ class Router:
 
     async def _rank_part(self, strategy: Strategy, context: Int32Array, rows: Int32Array) -> Float32Array:
         padded = pad(rows, bucket(len(rows), CANDIDATE_BUCKETS)) if strategy.padded else rows[None]
-        inputs = {"context": context, "candidates": padded}
-        answer = await self._infer(strategy)(strategy.rank_model, inputs, ["task_scores"])
-        scores: Float32Array = answer["task_scores"][0, : len(rows)]
+        inputs: Arrays = {"context": context, "candidates": padded}
+        answer = await self._infer(strategy, strategy.rank_model, inputs, "task_scores")
+        scores: Float32Array = answer[: len(rows)]
         if not np.isfinite(scores).all():
             raise UnavailableError(f"{strategy.rank_model} returned scores that are not finite numbers")
         return scores

@@ -28,6 +28,7 @@ def routing_config(parameters: Mapping[str, str]) -> RoutingConfig:
         max_batch=_integer(parameters, "max_batch", default.max_batch),
         max_running=_integer(parameters, "max_running", default.max_running),
         max_pending=_integer(parameters, "max_pending", default.max_pending),
+        engine_timeout=_number(parameters, "engine_timeout", default.engine_timeout),
     )
 
 
@@ -49,6 +50,13 @@ def _integer(parameters: Mapping[str, str], name: str, default: int) -> int:
         return int(parameters.get(name, default))
     except ValueError as error:
         raise ConfigurationError(f"mtgr_router: {name} is {parameters[name]!r}; it must be an integer.") from error
+
+
+def _number(parameters: Mapping[str, str], name: str, default: float) -> float:
+    try:
+        return float(parameters.get(name, default))
+    except ValueError as error:
+        raise ConfigurationError(f"mtgr_router: {name} is {parameters[name]!r}; it must be a number.") from error
 
 
 def _boolean(parameters: Mapping[str, str], name: str, default: bool) -> bool:

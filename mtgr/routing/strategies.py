@@ -16,14 +16,19 @@ class Strategy:
         rank_model: Triton model that scores candidates.
         retrieve_model: Triton model that recommends without candidates.
         padded: Whether the engine takes rows padded to a bucket (dense engines) or as they are.
-        setup: What a user runs to install the engine.
+        setup: What a user runs to install the engine; None where this release cannot export it.
     """
 
     name: str
     rank_model: str
     retrieve_model: str
     padded: bool
-    setup: str
+    setup: str | None
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the engine is missing, as the end of a sentence."""
+        return f"run `{self.setup}`" if self.setup else "its export is not part of this release"
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -36,8 +41,8 @@ STRATEGIES: dict[str, Strategy] = {
     for strategy in (
         Strategy("baseline", "mtgr_baseline", "mtgr_baseline", True, "make export"),
         Strategy("onnx", "mtgr_onnx_rank", "mtgr_onnx_retrieve", True, "make export"),
-        Strategy("tensorrt", "mtgr_tensorrt_rank", "mtgr_tensorrt_retrieve", True, "python -m export.tensorrt"),
-        Strategy("vllm", "mtgr_vllm", "mtgr_vllm", False, "python -m export.vllm"),
+        Strategy("tensorrt", "mtgr_tensorrt_rank", "mtgr_tensorrt_retrieve", True, None),
+        Strategy("vllm", "mtgr_vllm", "mtgr_vllm", False, None),
     )
 }
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtgr.bundle import load_bundle
 from mtgr.errors import ConfigurationError
 from mtgr.files import read_json
+from mtgr.routing.readiness import artifact_problem
 from mtgr.routing.strategies import AUTO, AUTO_ORDER, STRATEGIES, Strategy
 from mtgr.serving.server import ModelStatus, summary
 
@@ -46,7 +48,11 @@ def strategy_reports(model_repository: Path, models: Sequence[ModelStatus]) -> l
         model_repository: The repository's directory.
         models: The server's index.
     """
-    return [_report(strategy, model_repository, models) for strategy in STRATEGIES.values()]
+    try:
+        schema_hash = load_bundle(model_repository).schema.hash
+    except ConfigurationError:
+        schema_hash = None  # a repository of engines alone, or none exported yet
+    return [_report(strategy, model_repository, models, schema_hash) for strategy in STRATEGIES.values()]
 
 
 def format_reports(reports: Sequence[StrategyReport]) -> str:
@@ -64,13 +70,19 @@ def format_reports(reports: Sequence[StrategyReport]) -> str:
     return "\n".join(lines)
 
 
-def _report(strategy: Strategy, model_repository: Path, models: Sequence[ModelStatus]) -> StrategyReport:
+def _report(
+    strategy: Strategy, model_repository: Path, models: Sequence[ModelStatus], schema_hash: str | None
+) -> StrategyReport:
     absent = [name for name in strategy.models if not (model_repository / name).is_dir()]
     if absent:
-        status = f"not exported: run `{strategy.setup}`"
+        status = f"not exported: {strategy.remedy}"
         return StrategyReport(strategy.name, False, "", "", "", "", status)
     ready = {name: _versions(name, models, only_ready=True) for name in strategy.models}
     failures = [_failure(name, models) for name in strategy.models if not ready[name]]
+    if not failures and schema_hash is not None:
+        # The router's own judgement, so that the table never promises what it would refuse.
+        problems = (artifact_problem(model_repository, name, schema_hash) for name in strategy.models)
+        failures = [problem for problem in problems if problem is not None]
     shown = ready if not failures else {name: _versions(name, models) for name in strategy.models}
     manifests: list[dict[str, Any]] = []
     status = f"failed: {'; '.join(failures)}" if failures else "ready"

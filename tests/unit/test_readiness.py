@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from mtgr.errors import ConfigurationError
 from mtgr.manifest import MANIFEST_FILE, Manifest, latest_version
 from mtgr.routing.readiness import artifact_problem
-from mtgr.routing.strategies import STRATEGIES
+from mtgr.routing.strategies import STRATEGIES, Strategy
+from tests.conftest import ROOT
 
 SCHEMA_HASH = "ab" * 32
 MODEL = "mtgr_onnx_rank"
@@ -78,7 +80,7 @@ def test_a_fitting_artifact_has_no_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_a_missing_artifact_names_what_installs_it(tmp_path: Path, strategy: object) -> None:
     for model in strategy.models:
-        assert artifact_problem(tmp_path, model, SCHEMA_HASH) == f"{model} is not installed (run `{strategy.setup}`)"
+        assert artifact_problem(tmp_path, model, SCHEMA_HASH) == f"{model} is not installed ({strategy.remedy})"
 
 
 def test_a_directory_without_version_is_not_installed(tmp_path: Path) -> None:
@@ -98,7 +100,14 @@ def test_another_schema_is_a_problem_and_only_the_highest_version_counts(tmp_pat
     install(tmp_path, 1)
     install(tmp_path, 2, schema="of another model")
     assert artifact_problem(tmp_path, MODEL, SCHEMA_HASH) == (
-        f"{MODEL} was exported for another schema (run `make export` again)"
+        f"{MODEL} was exported for another schema (run `make export`, and restart the server)"
     )
     install(tmp_path, 3)
     assert artifact_problem(tmp_path, MODEL, SCHEMA_HASH) is None
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_what_a_user_is_told_to_run_exists(strategy: Strategy) -> None:
+    if strategy.setup is not None:
+        target = strategy.setup.removeprefix("make ")
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)

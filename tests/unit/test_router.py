@@ -14,7 +14,7 @@ from mtgr.errors import ConfigurationError, UnavailableError
 from mtgr.features.candidates import build_candidate_state
 from mtgr.features.extract import Features
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket, pad
-from mtgr.routing.router import Ranking, Router, RoutingConfig
+from mtgr.routing.router import FALLBACK, Ranking, Router, RoutingConfig
 from mtgr.routing.strategies import AUTO_ORDER, STRATEGIES
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, TokenType
 from tests.unit.models import EPOCH, small_catalog, small_schema
@@ -365,3 +365,36 @@ def test_buckets_are_the_smallest_that_hold_a_length(buckets: tuple[int, ...]) -
 def test_padding_stands_on_the_right() -> None:
     rows = np.arange(1, 7, dtype=np.int32).reshape(2, 3)
     np.testing.assert_array_equal(pad(rows, 4), [[[1, 2, 3], [4, 5, 6], [0, 0, 0], [0, 0, 0]]])
+
+
+def test_an_engine_that_hangs_is_given_up_and_the_next_one_asked() -> None:
+    class Hanging(FakeEngines):
+        async def infer(self, model: str, inputs: Any, outputs: Any) -> Any:
+            if model == "mtgr_onnx_rank":
+                await asyncio.Event().wait()
+            return await super().infer(model, inputs, outputs)
+
+    config = RoutingConfig(engine_timeout=0.05, task_weights={})
+    asked = features(CATALOG.raw_ids[:5], strategy="auto")
+
+    async def both() -> list[Ranking]:
+        engines = Hanging(unready={"mtgr_tensorrt_rank": "absent", "mtgr_vllm": "absent"})
+        router = Router(SCHEMA, CATALOG, engines, config)
+        # The second one waits behind the hanging call and must not wait for ever either.
+        return list(await asyncio.gather(router.route(asked), router.route(asked)))
+
+    for answer in asyncio.run(both()):
+        assert answer.strategy == "baseline"
+        assert FALLBACK in answer.labels
+
+
+def test_requests_beyond_the_limit_are_refused_at_once() -> None:
+    async def burst() -> list[Ranking | BaseException]:
+        router = Router(SCHEMA, CATALOG, FakeEngines(), RoutingConfig(max_pending=3, task_weights={}))
+        asked = features(CATALOG.raw_ids[:5], strategy="onnx")
+        answers = await asyncio.gather(*(router.route(asked) for _ in range(5)), return_exceptions=True)
+        assert (await router.route(asked)).strategy == "onnx"  # the places are free again
+        return list(answers)
+
+    answers = asyncio.run(burst())
+    assert [isinstance(answer, UnavailableError) for answer in answers] == [False] * 3 + [True] * 2

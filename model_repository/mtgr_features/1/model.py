@@ -53,6 +53,9 @@ class TritonPythonModel:
             return _error(str(error), pb_utils.TritonError.INVALID_ARG)
         except UnavailableError as error:
             return _error(str(error), pb_utils.TritonError.UNAVAILABLE)
+        except Exception as error:  # noqa: BLE001 - one request's trouble must not become its neighbours'
+            pb_utils.Logger.log_error(f"features: {type(error).__name__}: {error}")
+            return _error("feature extraction failed; see the server's log.", pb_utils.TritonError.INTERNAL)
         return pb_utils.InferenceResponse(
             [
                 pb_utils.Tensor("context", features.context[None]),

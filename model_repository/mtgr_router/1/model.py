@@ -15,6 +15,7 @@ from mtgr.features.extract import Features
 from mtgr.routing.readiness import artifact_problem
 from mtgr.routing.router import Router
 from mtgr.routing.settings import routing_config
+from mtgr.routing.strategies import STRATEGIES
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 READINESS_SECONDS = 1.0  # how long a model's readiness is taken to hold
@@ -79,8 +80,9 @@ class BLSEngines:
     """Engines as models of the same server."""
 
     def __init__(self, repository, schema_hash):
-        self.repository = repository
-        self.schema_hash = schema_hash
+        # Judged once, as the server loads: what is exported later is not what runs, until a restart.
+        models = {model for strategy in STRATEGIES.values() for model in strategy.models}
+        self.problems = {model: artifact_problem(repository, model, schema_hash) for model in models}
         self.known = {}
 
     def unready_reason(self, model):
@@ -88,7 +90,7 @@ class BLSEngines:
         checked, reason = self.known.get(model, (float("-inf"), None))
         now = time.monotonic()
         if now - checked > READINESS_SECONDS:
-            reason = artifact_problem(self.repository, model, self.schema_hash)
+            reason = self.problems[model]
             if reason is None and not pb_utils.is_model_ready(model):
                 reason = f"{model} is installed but not loaded (restart the server, and see its log)"
             self.known[model] = (now, reason)
