@@ -1,5 +1,5 @@
-# Everything sets itself up: a fresh clone needs nothing but Python 3.11 or later and a C compiler.
-PYTHON ?= python3
+# Everything sets itself up: a fresh clone needs nothing but Python 3.11 or 3.12 and a C compiler.
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3.12),python3)
 # For example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for PyTorch without CUDA.
 PIP_FLAGS ?=
 VENV := .venv
@@ -43,15 +43,18 @@ serve: $(VENV)/.serve  ## start Triton on model_repository (Ctrl-C ends it)
 bench: $(VENV)/.serve  ## onnx against baseline, and what the door costs
 	$(BIN)/python -m perf.bench
 
-clean:  ## remove everything that was built, installed engines included; downloads too
+clean:  ## remove everything that was built or downloaded in this folder, installed engines included
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	git clean -fdXq $(REPOSITORY)
 
-$(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+# Stamped when pip works: a half-made environment is made again.
+$(VENV)/.made:
+	$(PYTHON) .ci/check_python.py
+	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version > $@
 
-$(VENV)/.serve: pyproject.toml | $(BIN)/python
+$(VENV)/.serve: pyproject.toml | $(VENV)/.made
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[serve,export]'
 	$(BIN)/python -m mtgr.serving --install-launcher
 	touch $@

@@ -29,7 +29,7 @@ def install_launcher(target: Path | None = None) -> str:
     native = find_native()
     if native is not None:
         return f"{native.binary} is a native tritonserver: use it as it is; no launcher was written."
-    find_installation()
+    server_command(find_installation())  # says now what would be missing at the first start
     target = target or Path(sys.prefix) / "bin" / "tritonserver"
     if target.exists() and not is_launcher(target):
         raise ConfigurationError(f"{target} exists and is not this package's launcher; move it away first.")
@@ -53,7 +53,14 @@ def main(arguments: list[str]) -> NoReturn:
         command, environment = server_command(find_installation())
     except MTGRError as error:
         sys.exit(f"tritonserver: {error}")
-    os.execve(command[0], [*command, *arguments], environment)
+    os.execve(command[0], [*command, *_loopback(arguments), *arguments], environment)
+
+
+def _loopback(arguments: list[str]) -> list[str]:
+    """Flags that keep the server on this machine, for the addresses that the caller leaves open."""
+    given = {argument.split("=", 1)[0] for argument in arguments}
+    flags = (f"--{name}-address" for name in ("http", "grpc", "metrics"))
+    return [f"{flag}=127.0.0.1" for flag in flags if flag not in given]
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def test_concurrent_requests_equal_single_ones(
             return list(await asyncio.gather(*(concurrent.infer(request) for request in requests)))
 
     for single, batched in zip(singles, asyncio.run(together()), strict=True):
-        assert_same(single, batched, tolerance=2e-5)
+        assert_same(single, batched)
         assert single.labels == batched.labels
 
 

@@ -43,7 +43,7 @@ def start_plain(repository: Path, tmp_path: Path) -> tuple[subprocess.Popen[byte
     command = [str(launcher) if launcher.exists() else "tritonserver", "--model-repository", str(repository)]
     assert launcher.exists() or "native" in message
     for name, port in zip(("http", "grpc", "metrics"), ports, strict=True):
-        command += [f"--{name}-port={port}", f"--{name}-address=127.0.0.1"]
+        command.append(f"--{name}-port={port}")
     log = tmp_path / "server.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
@@ -53,6 +53,14 @@ def start_plain(repository: Path, tmp_path: Path) -> tuple[subprocess.Popen[byte
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return process, ports
+
+
+def listening() -> list[tuple[str, int]]:
+    """Address (hexadecimal, as the kernel writes it) and port of every listening TCP socket."""
+    tables = (Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
+    fields = (line.split() for table in tables for line in table)
+    sockets = [line[1].split(":") for line in fields if line[3] == "0A"]
+    return [(address, int(port, 16)) for address, port in sockets]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -71,6 +79,7 @@ def test_plain_server_before_export(tmp_path: Path) -> None:
             assert client.is_ready()
             with pytest.raises(UnavailableError, match="make train"):
                 client.recommend("196")
+        assert {address for address, port in listening() if port in ports} == {"0100007F"}  # loopback alone
     finally:
         stop(process)
 
@@ -122,12 +131,10 @@ def test_auto_survives_the_death_of_an_engine(model_repository: Path) -> None:
             pytest.skip("the C++ ONNX Runtime backend lives in the server itself: nothing to kill alone")
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        for _ in range(2):  # each takes seconds, which the server needs to notice that a stub is gone
-            answer = client.rank("196", [1, 2])
-            assert answer.strategy == "baseline"
-            assert "fallback" in answer.labels
-        with pytest.raises(UnavailableError, match="strategy onnx: mtgr_onnx_rank failed"):
-            client.rank("196", [1, 2], strategy="onnx")
+        # This one request takes the seconds that the server needs to notice that a stub is gone.
+        answer = client.rank("196", [1, 2])
+        assert answer.strategy == "baseline"
+        assert "fallback" in answer.labels
 
 
 def test_command_line_ends_with_one_sentence_on_a_bad_repository(tmp_path: Path) -> None:
