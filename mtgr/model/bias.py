@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,8 +53,3 @@ class RelativeBias(nn.Module):
         """INT64 bucket of a time difference in seconds; the logarithm is taken in fp32 in every precision."""
         seconds = difference.abs().to(torch.float32).clamp(min=1.0)
         return (torch.log(seconds) * (1.0 / _LOG_STEP)).to(torch.int64).clamp(max=self.time_buckets)
-
-
-def time_bucket_reference(seconds: int, time_buckets: int) -> int:
-    """The bucket rule on plain numbers, for documentation and tests."""
-    return min(int(math.log(max(abs(seconds), 1)) / _LOG_STEP), time_buckets)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtgr.config import ModelConfig
 from mtgr.model import MTGR
-from mtgr.model.bias import RelativeBias, time_bucket_reference
+from mtgr.model.bias import RelativeBias
 from mtgr.schema import CANDIDATE_COLUMNS, Schema, TaskSpec
 from tests.oracle import Oracle, time_bucket
 from tests.unit.models import (
@@ -272,4 +272,3 @@ def test_time_buckets_stay_in_range_and_rise(seconds: int, buckets: int) -> None
     assert ids[0] == ids[1]
     assert 0 == ids[3] <= ids[2] <= ids[0] <= buckets
     assert abs(time_bucket(seconds, buckets) - int(ids[0])) <= 1
-    assert time_bucket_reference(seconds, buckets) == time_bucket(seconds, buckets)
