@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from mtgr.features.extract import FeatureExtractor
 from mtgr.manifest import latest_version
 from mtgr.routing.readiness import artifact_problem
 from mtgr.routing.router import Router, RoutingConfig
+from mtgr.routing.settings import load_routing_config
 
 Optimization = Literal["auto", "baseline", "onnx", "tensorrt", "vllm"]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -37,12 +38,12 @@ class PipelineConfig:
     Attributes:
         model_repository: A repository that ``make export`` filled.
         threads: Threads of PyTorch and of ONNX Runtime.
-        routing: Settings of the router.
+        routing: Settings of the router; the repository's own by default.
     """
 
     model_repository: Path | str = "model_repository"
     threads: int = 1
-    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    routing: RoutingConfig | None = None
 
 
 class OptimizedInferencePipeline:
@@ -64,7 +65,8 @@ class OptimizedInferencePipeline:
         bundle = load_bundle(repository)
         self._extractor = FeatureExtractor(bundle.schema, bundle.catalog, bundle.store())
         engines = _LocalEngines(repository, bundle.schema.hash, self.config.threads)
-        self._router = Router(bundle.schema, bundle.catalog, engines, self.config.routing)
+        routing = self.config.routing or load_routing_config(repository)
+        self._router = Router(bundle.schema, bundle.catalog, engines, routing)
 
     def infer_recommendations(
         self,

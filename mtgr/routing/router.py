@@ -47,7 +47,8 @@ class RoutingConfig:
         max_batch: Most requests merged into one call of a dense engine.
         max_running: Calls that a dense engine is given at a time: as many as it has instances.
         max_pending: Requests in flight; further ones are refused at once.
-        engine_timeout: Seconds for one call of an engine, its wait for the engine included.
+        max_tokens: Most tokens, padding included, in one call of a dense engine; bounds its memory.
+        engine_timeout: Seconds for one call of an engine.
     """
 
     task_weights: Mapping[str, float] = field(
@@ -59,7 +60,8 @@ class RoutingConfig:
     max_batch: int = 32
     max_running: int = 1
     max_pending: int = 1024
-    engine_timeout: float = 5.0
+    max_tokens: int = 16_384
+    engine_timeout: float = 8.0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -67,7 +69,7 @@ class RoutingConfig:
         Raises:
             ConfigurationError: If a value is out of range.
         """
-        for name in ("default_top_k", "rank_limit", "max_batch", "max_running", "max_pending"):
+        for name in ("default_top_k", "rank_limit", "max_batch", "max_running", "max_pending", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"routing: {name} is {getattr(self, name)}; it must be at least 1.")
         if not self.engine_timeout > 0:
@@ -118,7 +120,11 @@ class Router:
         self.engines = engines
         self.config = config or RoutingConfig()
         self._pending = 0
-        self._merged = ShapeBatcher(engines, self.config.max_batch, self.config.max_running)
+        limits = self.config.max_tokens, self.config.engine_timeout
+        self._callers = {
+            True: ShapeBatcher(engines, self.config.max_batch, self.config.max_running, *limits),
+            False: ShapeBatcher(engines, 1, self.config.max_pending, *limits),
+        }
         unknown = set(self.config.task_weights) - set(schema.task_names)
         if unknown:
             raise ConfigurationError(
@@ -191,14 +197,9 @@ class Router:
     async def _infer(self, strategy: Strategy, model: str, inputs: Arrays, output: str) -> npt.NDArray[Any]:
         """One output of one call, without the batch dimension.
 
-        Dense engines get batches of one shape; an engine with continuous batching gets each request at once.
+        Dense engines get batches of one shape; an engine with continuous batching gets every request at once.
         """
-        infer = self._merged.infer if strategy.padded else self.engines.infer
-        try:
-            async with asyncio.timeout(self.config.engine_timeout):
-                answer = await infer(model, inputs, [output])
-        except TimeoutError as error:
-            raise UnavailableError(f"{model} did not answer within {self.config.engine_timeout:g} s") from error
+        answer = await self._callers[strategy.padded].infer(model, inputs, [output])
         result: npt.NDArray[Any] = answer[output][0]
         return result
 

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from mtgr.errors import ConfigurationError
 from mtgr.routing.router import RoutingConfig
+
+
+def load_routing_config(model_repository: Path) -> RoutingConfig:
+    """The settings of the repository's router, so that the way in process ranks as the server does.
+
+    Raises:
+        ConfigurationError: If they are invalid, or what reads Triton's configs is not installed.
+    """
+    path = model_repository / "mtgr_router" / "config.pbtxt"
+    if not path.is_file():
+        return RoutingConfig()
+    try:
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise ConfigurationError(f"reading {path} needs tritonclient: pip install 'mtgr[client]'.") from error
+    try:
+        config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    except text_format.ParseError as error:
+        raise ConfigurationError(f"{path} is not a model config: {error}") from error
+    return routing_config({name: value.string_value for name, value in config.parameters.items()})
 
 
 def routing_config(parameters: Mapping[str, str]) -> RoutingConfig:
@@ -28,6 +50,7 @@ def routing_config(parameters: Mapping[str, str]) -> RoutingConfig:
         max_batch=_integer(parameters, "max_batch", default.max_batch),
         max_running=_integer(parameters, "max_running", default.max_running),
         max_pending=_integer(parameters, "max_pending", default.max_pending),
+        max_tokens=_integer(parameters, "max_tokens", default.max_tokens),
         engine_timeout=_number(parameters, "engine_timeout", default.engine_timeout),
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from mtgr.errors import ConfigurationError
 from mtgr.routing.router import RoutingConfig
-from mtgr.routing.settings import routing_config
+from mtgr.routing.settings import load_routing_config, routing_config
+from tests.conftest import ROOT
 
 
 def test_absent_parameters_keep_their_defaults() -> None:
@@ -59,3 +63,15 @@ def test_wrong_values_are_refused(name: str, value: str, words: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         routing_config({name: value})
     assert words in str(caught.value)
+
+
+def test_the_way_in_process_takes_the_repositorys_settings(tmp_path: Path) -> None:
+    assert load_routing_config(tmp_path) == RoutingConfig()  # engines alone
+    shutil.copytree(ROOT / "model_repository" / "mtgr_router", tmp_path / "mtgr_router")
+    assert load_routing_config(tmp_path) == RoutingConfig()  # what git holds are the defaults
+    path = tmp_path / "mtgr_router" / "config.pbtxt"
+    path.write_text(path.read_text().replace("engagement=1.0,", "engagement=0.25,"))
+    assert load_routing_config(tmp_path).task_weights["engagement"] == 0.25
+    path.write_text("max_batch_size: many")
+    with pytest.raises(ConfigurationError, match="is not a model config"):
+        load_routing_config(tmp_path)
