@@ -63,12 +63,21 @@ def main(arguments: list[str] | None = None) -> int:
             ignored = shutil.ignore_patterns("bundle*", "staging", "__pycache__")
             shutil.copytree(ROOT / "model_repository" / name, repository / name, ignore=ignored)
         export(checkpoint, repository)
+        set_threads(repository / "mtgr_onnx_rank" / "config.pbtxt", options.threads)
         engines = {
             f"batch {batch}": compare_engines(repository, model, batch, options.threads, options.rounds, options.seed)
             for batch in (1, 8)
         }
         door = measure_door(repository, options.requests, options.seed)
     return _report(options, engines, door)
+
+
+def set_threads(config: Path, threads: int) -> None:
+    """Give the engine behind the door as many threads as the engines in process have."""
+    text = config.read_text(encoding="utf-8")
+    default = 'key: "intra_op_thread_count" value: { string_value: "1" }'
+    assert default in text
+    config.write_text(text.replace(default, default.replace('"1"', f'"{threads}"')), encoding="utf-8")
 
 
 def compare_engines(repository: Path, model: Any, batch: int, threads: int, rounds: int, seed: int) -> Samples:

@@ -88,7 +88,9 @@ def event_rows(
         moment = slice(start, end)
         now = items[moment]
         item_last_time[moment] = last_time[now]
-        similar_events[moment], similar_surprise[moment] = similar_sums(catalog, now, events_of, surprise_of)
+        similar_events[moment], similar_surprise[moment] = similar_sums(
+            catalog.similarity[now], catalog.neighbours[now], events_of, surprise_of
+        )
         last_time[now] = times[start]
         np.add.at(events_of, now, 1)
         np.add.at(surprise_of, now, surprise[moment])

@@ -7,6 +7,7 @@ so that a context's rows and the keys and values cached for them stay the same f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,18 +87,12 @@ class CandidateState:
 
     def to_array(self, epoch: int) -> Int32Array:
         """The state as the INT32 ``candidate_state`` tensor; times become seconds since ``epoch``."""
-
-        def seconds(time: npt.ArrayLike) -> npt.NDArray[np.int64]:
-            # An earlier time than the epoch is kept as the epoch: rows clip it the same way.
-            values = np.asarray(time, dtype=np.int64)
-            clipped = np.clip(values - epoch, 0, np.iinfo(np.int32).max)
-            return np.where(values == NEVER, NEVER, clipped)
-
+        # An earlier time than the epoch is kept as the epoch: rows clip it the same way.
+        times = np.concatenate([(self.request_time, self.first_time, self.last_time), self.seen_times])
+        seconds = np.where(times == NEVER, NEVER, np.clip(times - epoch, 0, np.iinfo(np.int32).max))
         header = [
             STATE_VERSION,
-            int(seconds(self.request_time)),
-            int(seconds(self.first_time)),
-            int(seconds(self.last_time)),
+            *seconds[:3],
             self.num_events,
             self.num_liked,
             self.num_sessions,
@@ -105,7 +100,7 @@ class CandidateState:
             self.context_length,
             len(self.category_events),
         ]
-        seen = [self.seen_items, seconds(self.seen_times), self.seen_events, *self.seen_surprise.T]
+        seen = [self.seen_items, seconds[3:], self.seen_events, *self.seen_surprise.T]
         parts = [header, self.category_events, self.category_liked, *seen]
         return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
 
@@ -165,12 +160,12 @@ def build_candidate_state(
     """
     liked = actions >= schema.liked_action
     flags = catalog.categories[items].astype(np.int64)
-    # The last of several events with an item wins: reversed, np.unique keeps the first.
-    seen_items, latest, which, counts = np.unique(
-        items[::-1], return_index=True, return_inverse=True, return_counts=True
-    )
-    surprise = np.zeros((len(seen_items), 2), dtype=np.int64)
-    np.add.at(surprise, which, event_surprise(schema, catalog, items, actions)[::-1])
+    # Events grouped by item, in a stable order: the last of a group is the latest.
+    order = np.argsort(items, kind="stable")
+    grouped = items[order]
+    starts = np.flatnonzero(np.diff(grouped, prepend=-1))
+    ends = np.append(starts[1:], len(items))
+    surprise = event_surprise(schema, catalog, items, actions)[order]
     sessions, session_events = session_counts(times)
     return CandidateState(
         request_time=request_time,
@@ -182,11 +177,11 @@ def build_candidate_state(
         session_events=int(session_events[-1]) if len(times) else 0,
         context_length=context_length,
         category_events=flags.sum(axis=0),
-        category_liked=flags[liked].sum(axis=0),
-        seen_items=seen_items.astype(np.int64),
-        seen_times=times[::-1][latest].astype(np.int64),
-        seen_events=counts.astype(np.int64),
-        seen_surprise=surprise,
+        category_liked=liked.astype(np.int64) @ flags,
+        seen_items=grouped[starts],
+        seen_times=times[order[ends - 1]] if len(items) else times,
+        seen_events=ends - starts if len(items) else times,
+        seen_surprise=np.add.reduceat(surprise, starts, axis=0) if len(items) else surprise,
     )
 
 
@@ -196,21 +191,21 @@ def event_surprise(schema: Schema, catalog: ItemCatalog, items: Int64Array, acti
 
 
 def similar_sums(
-    catalog: ItemCatalog, items: Int64Array, events: Int64Array, surprise: Int64Array
+    similarity: Int32Array, index: npt.NDArray[np.integer[Any]], events: Int64Array, surprise: Int64Array
 ) -> tuple[Int64Array, Int64Array]:
-    """What a user did with the neighbours of ``items``.
+    """What a user did with the neighbours of some items.
 
     Args:
-        catalog: The items.
-        items: INT64 [k], internal ids.
-        events: INT64 [I], the user's events with each item of the catalogue.
-        surprise: INT64 [I, 2], their surprise, summed by item.
+        similarity: INT32 [k, N], similarities of each item's neighbours.
+        index: INT [k, N], where to find each neighbour in the next two.
+        events: INT64 [M], the user's events by item.
+        surprise: INT64 [M, 2], their surprise, summed by item.
 
     Returns:
         INT64 [k] and INT64 [k, 2]: events and surprise of the neighbours, weighted by similarity and summed.
     """
-    neighbours, similarity = catalog.neighbours[items], catalog.similarity[items].astype(np.int64)
-    return (similarity * events[neighbours]).sum(axis=1), np.einsum("kn,knc->kc", similarity, surprise[neighbours])
+    weights = similarity.astype(np.int64)
+    return (weights * events[index]).sum(axis=1), np.einsum("kn,knc->kc", weights, surprise[index])
 
 
 def session_counts(times: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -283,24 +278,28 @@ def candidate_columns(
     similar_deviation = (similar_surprise - deviation * similar) // (similar + _PRIOR_SIMILARITY)
     snapshot = catalog.snapshot(request)
 
-    def since(time: Int64Array) -> Int64Array:
-        return np.where(time == NEVER, -1, np.maximum(request - time, 0))
+    since = np.stack([last, item_last_time, first])
+    gap, recency, since_first = log_bucket(
+        np.where(since == NEVER, -1, np.maximum(request - since, 0)), LOG_SECONDS_SIZE
+    )
+    amounts = [np.broadcast_to(amount, items.shape) for amount in (num_events, num_sessions, session_events)]
+    category_count, events, sessions, session = log_bucket(np.stack([events_alike, *amounts]), LOG_COUNT_SIZE)
 
     columns = {
         "item": items,
         "time": relative_time(schema, request),
         "hour": hour_bucket(request),
-        "gap": log_bucket(since(last), LOG_SECONDS_SIZE),
-        "category_count": log_bucket(events_alike, LOG_COUNT_SIZE),
+        "gap": gap,
+        "category_count": category_count,
         "category_rate": rate_bucket(liked_alike, events_alike, RATE_SIZE),
-        "recency": log_bucket(since(item_last_time), LOG_SECONDS_SIZE),
+        "recency": recency,
         "popularity": catalog.popularity[snapshot, items],
         "item_rate": catalog.liked_rate[snapshot, items],
         "user_rate": rate_bucket(num_liked, num_events, RATE_SIZE),
-        "events": log_bucket(num_events, LOG_COUNT_SIZE),
-        "since_first": log_bucket(since(first), LOG_SECONDS_SIZE),
-        "sessions": log_bucket(num_sessions, LOG_COUNT_SIZE),
-        "session_events": log_bucket(session_events, LOG_COUNT_SIZE),
+        "events": events,
+        "since_first": since_first,
+        "sessions": sessions,
+        "session_events": session,
         "user_deviation": deviation_bucket(deviation[..., 0], _USER_STEPS[0], DEVIATION_SIZE),
         "user_top_deviation": deviation_bucket(deviation[..., 1], _USER_STEPS[1], DEVIATION_SIZE),
         "similar_deviation": deviation_bucket(similar_deviation[:, 0], _SIMILAR_STEPS[0], DEVIATION_SIZE),
@@ -324,10 +323,17 @@ def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, 
     Returns:
         INT32 [k, W], slots going on from the context's.
     """
-    events, surprise = np.zeros(catalog.num_items, dtype=np.int64), np.zeros((catalog.num_items, 2), dtype=np.int64)
-    events[state.seen_items] = state.seen_events
-    surprise[state.seen_items] = state.seen_surprise
-    similar_events, similar_surprise = similar_sums(catalog, items, events, surprise)
+    # Looked up among the items the user knows: arrays of the catalogue's size would cost a large one dearly.
+    neighbours = catalog.neighbours[items]
+    known = np.append(state.seen_items, np.iinfo(np.int64).max)
+    index = np.searchsorted(state.seen_items, neighbours)
+    index[known[index] != neighbours] = len(state.seen_items)
+    similar_events, similar_surprise = similar_sums(
+        catalog.similarity[items],
+        index,
+        np.append(state.seen_events, 0),
+        np.concatenate([state.seen_surprise, np.zeros((1, 2), dtype=np.int64)]),
+    )
     rows = candidate_columns(
         schema,
         catalog,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,18 @@ class Features:
     top_k: int
     arm: str = DEFAULT_ARM
     labels: tuple[str, ...] = ()
+
+    def plan(self) -> bytes:
+        """All but the arrays, as JSON: one tensor costs a hop between processes less than four."""
+        return json.dumps([self.strategy, self.top_k, self.arm, self.labels]).encode()
+
+    @classmethod
+    def from_plan(
+        cls, context: Int32Array, candidate_state: Int32Array, candidates: Int64Array, plan: bytes
+    ) -> Features:
+        """Put arrays and ``plan`` together again."""
+        strategy, top_k, arm, labels = json.loads(plan)
+        return cls(context, candidate_state, candidates, strategy, top_k, arm, tuple(labels))
 
 
 class FeatureExtractor:

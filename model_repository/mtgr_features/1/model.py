@@ -61,16 +61,9 @@ class TritonPythonModel:
                 pb_utils.Tensor("context", features.context[None]),
                 pb_utils.Tensor("candidate_state", features.candidate_state[None]),
                 pb_utils.Tensor("valid_candidates", features.candidates[None]),
-                pb_utils.Tensor("requested_strategy", _text(features.strategy)),
-                pb_utils.Tensor("requested_top_k", np.array([[features.top_k]], dtype=np.int32)),
-                pb_utils.Tensor("assigned_arm", _text(features.arm)),
-                pb_utils.Tensor("feature_labels", _text(",".join(features.labels))),
+                pb_utils.Tensor("plan", np.array([[features.plan()]], dtype=np.object_)),
             ]
         )
-
-
-def _text(value):
-    return np.array([[value.encode()]], dtype=np.object_)
 
 
 def _error(message, code):

@@ -114,16 +114,8 @@ def _features(request):
     def array(name):
         return pb_utils.get_input_tensor_by_name(request, name).as_numpy()[0].copy()
 
-    labels = array("feature_labels")[0].decode()
-    return Features(
-        context=array("context"),
-        candidate_state=array("candidate_state"),
-        candidates=array("valid_candidates"),
-        strategy=array("requested_strategy")[0].decode(),
-        top_k=int(array("requested_top_k")[0]),
-        arm=array("assigned_arm")[0].decode(),
-        labels=tuple(labels.split(",")) if labels else (),
-    )
+    rows, state, candidates = (array(name) for name in ("context", "candidate_state", "valid_candidates"))
+    return Features.from_plan(rows, state, candidates, array("plan")[0])
 
 
 def _response(ranking):
