@@ -18,10 +18,11 @@ _PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "tritonclient", "nvidia-py
 
 def describe(seed: int) -> dict[str, Any]:
     """Origin of a result."""
+    changed = _git("status", "--porcelain", "--", ".", ":!perf/results")
     return {
         "command": " ".join(["python", *(sys.orig_argv[1:])]),
         "seed": seed,
-        "revision": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "revision": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
