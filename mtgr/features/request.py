@@ -73,14 +73,13 @@ class Request:
     top_k: int | None
 
 
-def parse_request(tensors: Tensors, schema: Schema, now: int, default_strategy: str = AUTO) -> Request:
+def parse_request(tensors: Tensors, schema: Schema, now: int) -> Request:
     """Check and convert the door's tensors.
 
     Args:
         tensors: By name, each with a leading dimension of 1; absent optional ones are missing.
         schema: The schema.
         now: The server's clock, unix seconds.
-        default_strategy: What a request without ``strategy`` asks for.
 
     Raises:
         InvalidRequestError: With a sentence that names the tensor, what was wrong, and what is allowed.
@@ -100,7 +99,7 @@ def parse_request(tensors: Tensors, schema: Schema, now: int, default_strategy: 
         candidates=_candidates(tensors),
         request_time=request_time,
         profile=_profile(tensors, schema),
-        strategy=_strategy(tensors, default_strategy),
+        strategy=_strategy(tensors),
         top_k=_top_k(tensors),
     )
 
@@ -223,10 +222,10 @@ def _finite(value: str | float) -> bool:
         return False
 
 
-def _strategy(tensors: Tensors, default: str) -> str:
+def _strategy(tensors: Tensors) -> str:
     value = _single(tensors, "strategy")
     if value is None:
-        return default
+        return AUTO
     text = _text(value, "strategy")
     if text not in STRATEGY_NAMES:
         raise InvalidRequestError(f"strategy is {text[:64]!r}; it must be one of {', '.join(STRATEGY_NAMES)}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,15 +65,3 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-ready values."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from JSON values.
-
-        Raises:
-            ConfigurationError: If a key is unknown or a value invalid.
-        """
-        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            raise ConfigurationError(f"recipe: unknown key {sorted(unknown)[0]!r}.")
-        return cls(**values)
