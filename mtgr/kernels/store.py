@@ -1,0 +1,58 @@
+"""Write what a step computed of its context tokens into the paged caches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mtgr.kernels.dispatch import use_triton
+
+
+def store_keys_values(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Store keys and values, in the cache's precision.
+
+    Args:
+        k: Float [T, H, D], any strides with the last dimension contiguous.
+        v: Float [T, H, D], likewise.
+        cache: Float [num_blocks, H, block_size, 2 D], last dimension contiguous, changed in place.
+        slots: INT64 [T], block * block_size + offset, each at most once; a token whose slot is negative is left out.
+    """
+    if k.shape[0] == 0:
+        return
+    if use_triton(k):
+        from mtgr.kernels.triton_store import store_keys_values_launch
+
+        store_keys_values_launch(k, v, cache, slots).run()
+        return
+    kept, blocks, offsets = _kept(slots, cache.shape[2])
+    head_size = k.shape[-1]
+    cache[blocks, :, offsets, :head_size] = k[kept].to(cache.dtype)
+    cache[blocks, :, offsets, head_size:] = v[kept].to(cache.dtype)
+
+
+def store_times(times: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Store times.
+
+    Args:
+        times: INT32 [T], seconds.
+        cache: INT32 [num_blocks, block_size], changed in place.
+        slots: INT64 [T], as ``store_keys_values`` takes them.
+    """
+    if times.shape[0] == 0:
+        return
+    if use_triton(times):
+        from mtgr.kernels.triton_store import store_times_launch
+
+        store_times_launch(times, cache, slots).run()
+        return
+    kept, blocks, offsets = _kept(slots, cache.shape[1])
+    cache[blocks, offsets] = times[kept]
+
+
+def _kept(slots: Tensor, block_size: int) -> tuple[Tensor | slice, Tensor, Tensor]:
+    """Which tokens to store, and the block and offset of each."""
+    stored = slots >= 0
+    if bool(stored.all()):
+        return slice(None), slots // block_size, slots % block_size
+    kept = stored.nonzero().squeeze(1)
+    slots = slots[kept]
+    return kept, slots // block_size, slots % block_size

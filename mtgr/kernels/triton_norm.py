@@ -1,0 +1,81 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, no-any-return"
+"""GroupLN in Triton's language: one program a token, one pass over its row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtgr.kernels.launch import Launch
+
+_ELEMENTS_PER_WARP = 512
+
+
+@triton.jit(do_not_specialize=["epsilon"], do_not_specialize_on_alignment=["types"])
+def group_norm_kernel(
+    x,
+    types,
+    gain,
+    bias,
+    gate,
+    out,
+    epsilon,
+    stride_types,
+    stride_x,
+    stride_gain,
+    stride_bias,
+    stride_gate,
+    stride_out,
+    width: tl.constexpr,
+    padded_width: tl.constexpr,
+    is_gated: tl.constexpr,
+):
+    """Normalise a row around its own mean, apply the gain and bias of its type and the gate, round once."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, padded_width)
+    inside = columns < width
+    row = tl.load(x + token * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
+    kind = tl.load(types + token * stride_types).to(tl.int64)
+    mean = tl.sum(row, axis=0) / width
+    centred = tl.where(inside, row - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / width
+    normal = centred / tl.sqrt_rn(variance + epsilon)
+    result = normal * tl.load(gain + kind * stride_gain + columns, mask=inside, other=0.0).to(tl.float32)
+    result += tl.load(bias + kind * stride_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if is_gated:
+        result *= tl.load(gate + token * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * stride_out + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+def group_norm_launch(
+    x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float, gate: Tensor | None, out: Tensor
+) -> Launch:
+    """The launch that makes ``out``, [T, d], of ``mtgr.kernels.norm.group_norm``, times ``gate`` if there is one."""
+    num_tokens, width = x.shape
+    padded_width = triton.next_power_of_2(width)
+    return Launch(
+        kernel=group_norm_kernel,
+        grid=(num_tokens,),
+        arguments=(
+            x,
+            types,
+            gain,
+            bias,
+            gate,
+            out,
+            epsilon,
+            types.stride(0),
+            x.stride(0),
+            gain.stride(0),
+            bias.stride(0),
+            0 if gate is None else gate.stride(0),
+            out.stride(0),
+        ),
+        options={
+            "width": width,
+            "padded_width": padded_width,
+            "is_gated": gate is not None,
+            "num_warps": min(16, max(1, padded_width // _ELEMENTS_PER_WARP)),
+        },
+    )

@@ -1,0 +1,111 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, no-any-return"
+"""Scatter keys, values and times of a step into their caches, in Triton's language."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtgr.kernels.launch import Launch
+
+_PROGRAM_ELEMENTS = 2048
+_TIMES_PER_PROGRAM = 256
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def store_keys_values_kernel(
+    k,
+    v,
+    cache,
+    slots,
+    num_heads,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    stride_cache_block,
+    stride_cache_head,
+    stride_cache_slot,
+    head_size: tl.constexpr,
+    padded_size: tl.constexpr,
+    block_size: tl.constexpr,
+    block_heads: tl.constexpr,
+):
+    """Copy some heads of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
+    heads = tl.program_id(1) * block_heads + tl.arange(0, block_heads)
+    columns = tl.arange(0, padded_size)
+    inside = (heads < num_heads)[:, None] & (columns < head_size)[None, :]
+    keys = tl.load(k + token * stride_k_token + heads[:, None] * stride_k_head + columns[None, :], mask=inside)
+    values = tl.load(v + token * stride_v_token + heads[:, None] * stride_v_head + columns[None, :], mask=inside)
+    target = cache + slot // block_size * stride_cache_block + slot % block_size * stride_cache_slot
+    target += heads[:, None] * stride_cache_head + columns[None, :]
+    tl.store(target, keys.to(cache.dtype.element_ty), mask=inside)
+    tl.store(target + head_size, values.to(cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["times", "slots"])
+def store_times_kernel(
+    times,
+    cache,
+    slots,
+    num_tokens,
+    stride_times,
+    stride_block,
+    stride_slot,
+    block_size: tl.constexpr,
+    block_tokens: tl.constexpr,
+):
+    """Copy the times of ``block_tokens`` tokens."""
+    tokens = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
+    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1).to(tl.int64)
+    kept = slot >= 0
+    value = tl.load(times + tokens.to(tl.int64) * stride_times, mask=kept, other=0)
+    tl.store(cache + slot // block_size * stride_block + slot % block_size * stride_slot, value, mask=kept)
+
+
+def store_keys_values_launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Launch:
+    """The launch of ``mtgr.kernels.store.store_keys_values``, for at least one token."""
+    num_tokens, num_heads, head_size = k.shape
+    padded_size = triton.next_power_of_2(head_size)
+    block_heads = min(triton.next_power_of_2(num_heads), max(1, _PROGRAM_ELEMENTS // padded_size))
+    return Launch(
+        kernel=store_keys_values_kernel,
+        grid=(num_tokens, triton.cdiv(num_heads, block_heads)),
+        arguments=(
+            k,
+            v,
+            cache,
+            slots,
+            num_heads,
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            cache.stride(0),
+            cache.stride(1),
+            cache.stride(2),
+        ),
+        options={
+            "head_size": head_size,
+            "padded_size": padded_size,
+            "block_size": cache.shape[2],
+            "block_heads": block_heads,
+            "num_warps": 4 if block_heads * padded_size >= 1024 else 1,
+        },
+    )
+
+
+def store_times_launch(times: Tensor, cache: Tensor, slots: Tensor) -> Launch:
+    """The launch of ``mtgr.kernels.store.store_times``, for at least one token."""
+    num_tokens = times.shape[0]
+    return Launch(
+        kernel=store_times_kernel,
+        grid=(triton.cdiv(num_tokens, _TIMES_PER_PROGRAM),),
+        arguments=(times, cache, slots, num_tokens, times.stride(0), cache.stride(0), cache.stride(1)),
+        options={"block_size": cache.shape[1], "block_tokens": _TIMES_PER_PROGRAM, "num_warps": 4},
+    )

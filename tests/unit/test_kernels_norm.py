@@ -1,0 +1,96 @@
+"""GroupLN of a step against its equation in float64, and against the network's own module."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mtgr.kernels.dispatch import use_triton
+from mtgr.kernels.norm import gated_group_norm, group_norm
+from mtgr.model.norm import GroupLayerNorm
+from mtgr.schema import TokenType
+
+EPSILON = 1e-6
+TOKENS = 13
+
+
+class Case:
+    """Random inputs: rows whose mean is far from 0, types as a column of rows, a gate as a part of wider rows."""
+
+    def __init__(self, width: int, x_dtype: torch.dtype, dtype: torch.dtype) -> None:
+        torch.manual_seed(width)
+        self.x = (torch.randn(TOKENS, width) * torch.logspace(-2, 1, TOKENS)[:, None] + 3).to(x_dtype)
+        self.types = torch.randint(len(TokenType), (TOKENS, 8), dtype=torch.int32)[:, 0]
+        self.gain = torch.randn(len(TokenType), width).to(dtype)
+        self.bias = torch.randn(len(TokenType), width).to(dtype)
+        self.gate = torch.randn(TOKENS, 4 * width).to(dtype)[:, :width]
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        return self.x, self.types, self.gain, self.bias, EPSILON
+
+    def expected(self) -> np.ndarray:
+        x, gain, bias = (tensor.double().numpy() for tensor in (self.x, self.gain, self.bias))
+        rows = []
+        for row, kind in zip(x, self.types.tolist(), strict=True):
+            variance = ((row - row.mean()) ** 2).mean()
+            rows.append((row - row.mean()) / np.sqrt(variance + EPSILON) * gain[kind] + bias[kind])
+        return np.stack(rows)
+
+
+@pytest.mark.parametrize("width", [1, 32, 96, 768, 1000, 8192])
+def test_single_precision(width: int) -> None:
+    case = Case(width, torch.float32, torch.float32)
+    expected = case.expected()
+    # Rows stand at 3 with deviations from 0.01: FP32 keeps five digits of the smallest.
+    tolerance = 2e-4
+    got = group_norm(*case.arguments())
+    gated = gated_group_norm(*case.arguments(), case.gate)
+    assert got.dtype == gated.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(gated.numpy(), expected * case.gate.numpy(), rtol=0, atol=4 * tolerance)
+    wide = torch.randn(TOKENS, 2 * width)
+    wide[:, :width] = case.x
+    strided = group_norm(wide[:, :width], *case.arguments()[1:])
+    assert torch.equal(strided, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, None], ids=["from_single", "from_same"])
+def test_low_precision(x_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+    """No more than twice the error of the module in that precision; the kernel rounds once, the module thrice."""
+    case = Case(512, x_dtype or dtype, dtype)
+    expected = case.expected()
+    module = GroupLayerNorm(512, EPSILON).to(dtype).requires_grad_(False)
+    module.gain.copy_(case.gain)
+    module.bias.copy_(case.bias)
+    allowed = 2 * np.abs(module(case.x, case.types).double().numpy() - expected).max()
+    got = group_norm(*case.arguments())
+    assert got.dtype == dtype
+    assert np.abs(got.double().numpy() - expected).max() <= allowed
+    gate = case.gate.double().numpy()
+    dense = (module(case.x, case.types) * case.gate).double().numpy()
+    allowed = 2 * np.abs(dense - expected * gate).max()
+    gated = gated_group_norm(*case.arguments(), case.gate)
+    assert gated.dtype == dtype
+    assert np.abs(gated.double().numpy() - expected * gate).max() <= allowed
+
+
+def test_pytorch_serves_the_module_to_the_bit() -> None:
+    case = Case(96, torch.float32, torch.float32)
+    module = GroupLayerNorm(96, EPSILON).requires_grad_(False)
+    module.gain.copy_(case.gain)
+    module.bias.copy_(case.bias)
+    expected = module(case.x, case.types)
+    got = group_norm(*case.arguments())
+    if use_triton(case.x):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+    else:
+        assert torch.equal(got, expected)
+        assert torch.equal(gated_group_norm(*case.arguments(), case.gate), expected * case.gate)
+
+
+def test_no_tokens() -> None:
+    case = Case(64, torch.float32, torch.float32)
+    assert group_norm(case.x[:0], case.types[:0], case.gain, case.bias, EPSILON).shape == (0, 64)

@@ -1,0 +1,77 @@
+"""Stores into paged caches: what is written, and that nothing else is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtgr.kernels.store import store_keys_values, store_times
+
+NUM_BLOCKS = 7
+
+
+def random_slots(num_tokens: int, block_size: int, seed: int) -> Tensor:
+    """Distinct slots in random order, a third of them left out."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randperm(NUM_BLOCKS * block_size, generator=generator)[:num_tokens]
+    slots[torch.randperm(num_tokens, generator=generator)[: num_tokens // 3]] = -1
+    return slots
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_size", "block_size", "dtype"),
+    [
+        (3, 48, 16, torch.float32),
+        (2, 256, 32, torch.bfloat16),
+        (8, 128, 16, torch.float16),
+        (1, 32, 64, torch.float32),
+        (70, 32, 16, torch.bfloat16),
+    ],
+)
+def test_keys_and_values(num_heads: int, head_size: int, block_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    num_tokens, width = 37, num_heads * head_size
+    merged = torch.randn(num_tokens, 4 * width, dtype=dtype)
+    _, v, _, k = (part.unflatten(-1, (num_heads, head_size)) for part in merged.split(width, dim=-1))
+    slots = random_slots(num_tokens, block_size, 1)
+    # A cache of which every second layer belongs to others, as where layers share one allocation.
+    shared = torch.full((NUM_BLOCKS, 2, num_heads, block_size, 2 * head_size), math.nan, dtype=dtype)
+    expected = shared.clone()
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            block, offset = divmod(slot, block_size)
+            expected[block, 1, :, offset, :head_size] = k[token]
+            expected[block, 1, :, offset, head_size:] = v[token]
+    store_keys_values(k, v, shared[:, 1], slots)
+    assert not expected.isnan().all()
+    torch.testing.assert_close(shared, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 300])
+def test_times(num_tokens: int) -> None:
+    block_size = 64
+    times = torch.arange(5, 5 + 2 * num_tokens, dtype=torch.int32)[::2]
+    slots = random_slots(num_tokens, block_size, 2)
+    pages = torch.full((NUM_BLOCKS, 1, block_size, 2), -7, dtype=torch.int32)
+    expected = pages.clone()
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected[slot // block_size, 0, slot % block_size, 0] = times[token]
+    store_times(times, pages[:, 0, :, 0], slots)
+    assert not torch.equal(expected, torch.full_like(pages, -7))
+    assert torch.equal(pages, expected)
+
+
+def test_nothing_to_store() -> None:
+    cache = torch.full((NUM_BLOCKS, 2, 16, 64), math.nan)
+    times = torch.full((NUM_BLOCKS, 16), -7, dtype=torch.int32)
+    for num_tokens in (0, 4):
+        k = torch.randn(num_tokens, 2, 32)
+        slots = torch.full((num_tokens,), -1)
+        store_keys_values(k, k, cache, slots)
+        store_times(torch.arange(num_tokens, dtype=torch.int32), times, slots)
+    assert cache.isnan().all()
+    assert (times == -7).all()
