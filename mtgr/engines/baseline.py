@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from mtgr.checkpoint import load_checkpoint
+from mtgr.engines.rows import RowChecker
 from mtgr.errors import ConfigurationError, InvalidRequestError
-from mtgr.schema import FIRST_COLUMN, SLOT_COLUMN, TIME, TYPE_COLUMN, TokenType
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -32,6 +32,7 @@ class BaselineEngine:
         loaded = load_checkpoint(checkpoint)
         self.schema = loaded.schema
         self.device = torch.device(device)
+        self._checker = RowChecker(loaded.schema, loaded.model.config.max_positions)
         try:
             self.model = loaded.model.to(self.device)
         except (RuntimeError, AssertionError) as error:
@@ -57,32 +58,15 @@ class BaselineEngine:
                 )
         if "context" not in inputs or inputs["context"].shape[1] == 0:
             raise InvalidRequestError("context has no tokens; it must have at least one.")
-        for name, rows in inputs.items():
-            self._check_ids(name, rows)
+        self._checker.check_context(inputs["context"])
+        if "candidates" in inputs:
+            self._checker.check_candidates(inputs["candidates"])
         context = self._tensor(inputs["context"])
         with torch.inference_mode():
             if "candidates" in inputs:
                 return {"task_scores": self.model(context, self._tensor(inputs["candidates"])).cpu().numpy()}
             items, scores = self.model.retrieve(context)
             return {"items": items.cpu().numpy(), "scores": scores.cpu().numpy()}
-
-    def _check_ids(self, name: str, rows: npt.NDArray[Any]) -> None:
-        """An id out of range would stop a GPU for every later request, not only for this one."""
-        schema = self.schema
-        sizes = np.full(schema.width, np.iinfo(np.int32).max, dtype=np.int64)
-        columns = schema.event_columns if name == "context" else schema.candidate_columns
-        for index, column in enumerate(columns, start=FIRST_COLUMN):
-            if column != TIME:
-                sizes[index] = schema.column_size(column)
-        sizes[TYPE_COLUMN] = len(TokenType)
-        sizes[SLOT_COLUMN] = self.model.config.max_positions if name == "context" else sizes[SLOT_COLUMN]
-        limits = np.broadcast_to(sizes, rows.shape)
-        if name == "context":
-            limits = limits.copy()
-            limits[..., FIRST_COLUMN][rows[..., TYPE_COLUMN] == TokenType.PROFILE] = schema.profile_size
-        if ((rows < 0) | (rows >= limits)).any():
-            wrong = int(((rows < 0) | (rows >= limits)).any(axis=(0, 1)).argmax())
-            raise InvalidRequestError(f"{name} has an id out of range in column {wrong}; build rows with the schema.")
 
     def _tensor(self, rows: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32)).to(self.device)

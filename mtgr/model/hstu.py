@@ -60,7 +60,11 @@ class HSTUBlock(nn.Module):
 
     def project(self, x: Tensor, types: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U [B, m, h dv] and, by head, V [B, h, m, dv], Q and K [B, h, m, dqk]; Q carries 1 / sqrt(dqk)."""
-        u, v, q, k = F.silu(self.uvqk(self.input_norm(x, types))).split(self.split, dim=-1)
+        return self.project_normal(self.input_norm(x, types))
+
+    def project_normal(self, normal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``project`` of tokens that are normalised already, float [B, m, d]."""
+        u, v, q, k = F.silu(self.uvqk(normal)).split(self.split, dim=-1)
         return u, self.by_head(v), self.by_head(q) * self.dqk**-0.5, self.by_head(k)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,7 +87,11 @@ class HSTUBlock(nn.Module):
         """Normalise by the constant N, gate by U, project, and add to the residual stream."""
         # N divides in fp32: A / N would underflow in fp16.
         merged = attended.transpose(1, 2).flatten(2).float() / self.norm_length
-        update: Tensor = self.dropout(self.output(self.output_norm(merged, types) * u))
+        return self.update(x, self.output_norm(merged, types) * u)
+
+    def update(self, x: Tensor, gated: Tensor) -> Tensor:
+        """Add the projection of what attention found, normalised and gated by U, to the residual stream."""
+        update: Tensor = self.dropout(self.output(gated))
         return x + update
 
     def by_head(self, x: Tensor) -> Tensor:

@@ -91,7 +91,11 @@ class MTGR(nn.Module):
         Returns:
             INT32 [B, m] item ids, best first, ties by id, none of them reserved; FP32 [B, m] logits.
         """
-        scores, items = self.next_item_logits(context).sort(dim=-1, descending=True, stable=True)
+        return self.best_items(self.next_item_logits(context))
+
+    def best_items(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """INT32 [B, m] item ids and their FP32 [B, m] logits out of FP32 [B, I - 2], ordered as ``retrieve`` says."""
+        scores, items = logits.sort(dim=-1, descending=True, stable=True)
         return items[:, : self.retrieve_count].to(torch.int32) + FIRST_ID, scores[:, : self.retrieve_count]
 
     def next_item_logits(self, context: Tensor) -> Tensor:

@@ -1,0 +1,331 @@
+"""The ``vllm`` engine: rows in, scores out, through one AsyncLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mtgr.config import ModelConfig
+from mtgr.engines.rows import RowChecker
+from mtgr.engines.vllm_settings import VLLMSettings
+from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
+from mtgr.files import read_json
+from mtgr.schema import FIRST_ID, TYPE_COLUMN, Schema, TokenType
+from mtgr.vllm_plugin import SCHEDULER, register
+from mtgr.vllm_plugin.rows import RowCodec, trimmed, visible_lengths
+
+Float32Array = npt.NDArray[np.float32]
+Int32Array = npt.NDArray[np.int32]
+
+# What vLLM reads from the environment. Nothing is downloaded and nothing reported; the newer model runner has no
+# pooling of prompt embeddings; a service on a CPU says itself how many threads it wants.
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+@dataclass(frozen=True)
+class EngineStatistics:
+    """Counters since the engine's start, and gauges.
+
+    Attributes:
+        requests: Requests answered; one of many candidates may count several times.
+        aborted: Requests whose caller gave up.
+        failed: Requests without an answer for another reason.
+        context_tokens: Context tokens of answered requests.
+        context_tokens_cached: Those whose keys and values were in the cache.
+        candidate_tokens: Candidates of answered requests.
+        running: Requests in a step right now.
+        waiting: Requests that wait for a step.
+        kv_usage: Part of the cache's pages that requests in flight hold, 0 to 1.
+        preemptions: Requests put back for want of pages.
+        queue_seconds: Time from arrival to being scheduled, summed over requests.
+    """
+
+    requests: int = 0
+    aborted: int = 0
+    failed: int = 0
+    context_tokens: int = 0
+    context_tokens_cached: int = 0
+    candidate_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    preemptions: int = 0
+    queue_seconds: float = 0.0
+
+
+class VLLMRowEngine:
+    """Ranks and retrieves rows; made by ``start``, and used in the event loop that it was started in.
+
+    Requests run side by side, each answered when it is done. One that is cancelled is taken out of the engine.
+    """
+
+    def __init__(self, engine: Any, settings: VLLMSettings, config: ModelConfig, schema: Schema, version: str) -> None:
+        self.schema = schema
+        self.retrieve_count = min(config.retrieve_count, schema.num_items - FIRST_ID)
+        self.max_candidates = max(1, settings.max_model_len - schema.max_context)
+        self._engine = engine
+        self._max_tokens = settings.max_model_len
+        self._static_attention = config.static_attention
+        self._dtype = engine.model_config.dtype
+        self._codec = RowCodec(schema)
+        self._checker = RowChecker(schema, config.max_positions)
+        self._identity = hashlib.sha256(f"{version} {schema.hash}".encode())
+        self._counters: dict[str, Any] = {}
+        self._recorder: _Recorder | None = None
+
+    @classmethod
+    async def start(cls, version_directory: Path) -> VLLMRowEngine:
+        """Start the engine of a model's version directory, which holds ``model.json``.
+
+        Raises:
+            ConfigurationError: If vLLM is missing or of an untested version, or the engine does not start.
+        """
+        settings = VLLMSettings.load(version_directory / "model.json")
+        folder = version_directory / settings.model
+        values = read_json(folder / "config.json")
+        try:
+            described = values["mtgr"]
+            config = ModelConfig.from_dict(described["model"])
+            schema = Schema.from_dict(described["schema"])
+            version = str(described["model_version"])
+        except (KeyError, TypeError) as error:
+            raise ConfigurationError(f"{folder / 'config.json'} is not a model of MTGR; run `make export`.") from error
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if settings.kv_cache_memory_bytes is not None:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(-(-settings.kv_cache_memory_bytes // (1 << 30))))
+        register()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs(
+            **_engine_arguments(settings),
+            model=str(folder),
+            runner="pooling",
+            skip_tokenizer_init=True,
+            enable_prompt_embeds=True,
+            enable_prefix_caching=True,
+            # The static segment's tokens see each other both ways: they must meet in one step.
+            enable_chunked_prefill=False,
+            scheduler_cls=SCHEDULER,
+        )
+        recorder = _Recorder()
+        try:
+            engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[recorder.attach])
+        except MTGRError:
+            raise
+        except Exception as error:  # vLLM has no base class of its errors; whatever it is, the engine is not there
+            raise ConfigurationError(f"vLLM did not start: {error}") from error
+        started = cls(engine, settings, config, schema, version)
+        started._recorder = recorder
+        return started
+
+    async def rank(self, context: Int32Array, candidates: Int32Array, timeout: float | None = None) -> Float32Array:
+        """Score candidates.
+
+        Args:
+            context: INT32 [n, W]; padding at its end is ignored.
+            candidates: INT32 [k, W], any number.
+            timeout: Seconds; None waits.
+
+        Returns:
+            FP32 [k, T], probabilities; NaN for padding among the candidates.
+
+        Raises:
+            InvalidRequestError: If rows are malformed.
+            UnavailableError: If the engine is dead or does not answer in time.
+        """
+        context, visible, salt = self._context(context)
+        self._check_width("candidates", candidates)
+        self._checker.check_candidates(candidates)
+        kept = trimmed(candidates)
+        if (kept[:, TYPE_COLUMN] != TokenType.CANDIDATE).any():
+            raise InvalidRequestError("candidates must hold candidate rows, padded at the end if at all.")
+        step = max(1, self._max_tokens - len(context))
+        parts = [kept[start : start + step] for start in range(0, len(kept), step)]
+        async with _limit(timeout):
+            # The first part caches the context, and the others find it there.
+            scored = [await self._run(context, visible, part, salt) for part in parts[:1]]
+            scored += await _gather([self._run(context, visible, part, salt) for part in parts[1:]])
+        if not scored:
+            return np.full((len(candidates), len(self.schema.tasks)), np.nan, dtype=np.float32)
+        answer = np.concatenate([part.numpy() for part in scored])
+        missing = len(candidates) - len(answer)
+        return np.pad(answer, ((0, missing), (0, 0)), constant_values=np.nan) if missing else answer
+
+    async def retrieve(self, context: Int32Array, timeout: float | None = None) -> tuple[Int32Array, Float32Array]:
+        """The items most likely to come next.
+
+        Args:
+            context: INT32 [n, W]; padding at its end is ignored.
+            timeout: Seconds; None waits.
+
+        Returns:
+            INT32 [m] internal item ids, best first, and FP32 [m] logits.
+
+        Raises:
+            InvalidRequestError: If rows are malformed.
+            UnavailableError: If the engine is dead or does not answer in time.
+        """
+        context, visible, salt = self._context(context)
+        async with _limit(timeout):
+            found = await self._run(context, visible, context[:0], salt)
+        return found[:, 0].to(torch.int32).numpy(), found[:, 1].float().numpy()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine cannot answer any more; None while it can."""
+        return f"vLLM's engine has ended: {self._engine.dead_error}" if self._engine.errored else None
+
+    def statistics(self) -> EngineStatistics:
+        """What the engine did so far."""
+        gauges = self._recorder.values() if self._recorder is not None else {}
+        return EngineStatistics(**self._counters, **gauges)
+
+    def shutdown(self) -> None:
+        """End the engine's processes; requests in flight fail."""
+        self._engine.shutdown()
+
+    def _context(self, rows: Int32Array) -> tuple[Int32Array, Int32Array, str]:
+        """The rows without padding, what each token sees, and the salt of their cache blocks."""
+        self._check_width("context", rows)
+        self._checker.check_context(rows)
+        rows = trimmed(rows)
+        visible, static = visible_lengths(rows, 0, self._static_attention)
+        if len(rows) > self._max_tokens:
+            raise InvalidRequestError(f"context has {len(rows)} tokens; the engine takes {self._max_tokens}.")
+        # A static token's keys depend on all of U and S: blocks are shared only by requests that agree on them.
+        salt = self._identity.copy()
+        salt.update(static.to_bytes(4, "little"))
+        salt.update(np.ascontiguousarray(rows[:static]))
+        return rows, visible, salt.hexdigest()
+
+    def _check_width(self, name: str, rows: Int32Array) -> None:
+        if rows.ndim != 2 or rows.shape[1] != self.schema.width:
+            raise InvalidRequestError(f"{name} has shape {list(rows.shape)}; it must be [tokens, {self.schema.width}].")
+
+    async def _run(self, context: Int32Array, visible: Int32Array, candidates: Int32Array, salt: str) -> torch.Tensor:
+        """One request of vLLM: FP32 [k, T], or FP64 [m, 2] without candidates."""
+        from vllm import PoolingParams
+
+        n, k = len(context), len(candidates)
+        rows = np.concatenate([context, candidates])
+        seen = np.concatenate([visible, np.full(k, n, dtype=np.int32)])
+        params = PoolingParams(
+            task="token_classify",
+            extra_kwargs={"context_tokens": n, "candidates": k},
+            skip_reading_prefix_cache=False,
+        )
+        prompt = {"prompt_embeds": self._codec.encode(rows, seen, self._dtype), "cache_salt": salt}
+        try:
+            # There is one output: the engine computes a request in one step.
+            outputs = [out async for out in self._engine.encode(prompt, params, request_id=uuid.uuid4().hex)]
+        except asyncio.CancelledError:
+            self._count(aborted=1)
+            raise
+        except Exception as error:  # vLLM's errors share no base class
+            self._count(failed=1)
+            raise UnavailableError(self.failure or f"vLLM failed: {error}") from error
+        data: torch.Tensor = outputs[-1].outputs.data
+        if not bool(torch.isfinite(data).all()):
+            self._count(failed=1)
+            raise UnavailableError("vLLM returned scores that are not finite numbers")
+        cached = int(outputs[-1].num_cached_tokens or 0)
+        self._count(requests=1, context_tokens=n, context_tokens_cached=cached, candidate_tokens=k)
+        return data
+
+    def _count(self, **amounts: int) -> None:
+        for name, amount in amounts.items():
+            self._counters[name] = self._counters.get(name, 0) + amount
+
+
+class _Recorder:
+    """Takes vLLM's statistics as they come."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def attach(self, vllm_config: Any, engine_index: int = 0) -> _Recorder:
+        """Be the logger that vLLM asks for."""
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """Values by the names of ``EngineStatistics``."""
+        return dict(self._values)
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """Called by vLLM after every step."""
+        values = self._values
+        if scheduler_stats is not None:
+            values["running"] = scheduler_stats.num_running_reqs
+            values["waiting"] = scheduler_stats.num_waiting_reqs
+            values["kv_usage"] = float(scheduler_stats.kv_cache_usage)
+        if iteration_stats is not None:
+            values["preemptions"] = values.get("preemptions", 0) + iteration_stats.num_preempted_reqs
+            queued = sum(request.queued_time for request in iteration_stats.finished_requests)
+            values["queue_seconds"] = values.get("queue_seconds", 0.0) + queued
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+    def log(self) -> None:
+        """Nothing to write."""
+
+    def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
+        """The engine never sleeps."""
+
+
+def _engine_arguments(settings: VLLMSettings) -> dict[str, Any]:
+    """Arguments of vLLM that the settings decide."""
+    arguments = settings.to_dict()
+    del arguments["model"]
+    if settings.dtype == "auto":
+        arguments["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+class _limit:  # noqa: N801 - used as a statement
+    """A time limit whose end is an UnavailableError."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._timeout = asyncio.timeout(seconds)
+        self._start = time.monotonic()
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        try:
+            await self._timeout.__aexit__(*error)
+        except TimeoutError as late:
+            raise UnavailableError(f"vLLM did not answer within {self._seconds:g} s") from late
+
+
+async def _gather(calls: list[Any]) -> list[Any]:
+    """Run all; the first failure cancels the rest."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    return [task.result() for task in tasks]

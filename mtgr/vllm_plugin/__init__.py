@@ -1,0 +1,24 @@
+"""MTGR inside vLLM: paged keys and values, prefix reuse and continuous batching, with HSTU's attention."""
+
+ARCHITECTURE = "MTGRForRecommendation"
+MODEL_TYPE = "mtgr"
+SCHEDULER = "mtgr.vllm_plugin.scheduler.ContextScheduler"
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: make the architecture known, in every process of vLLM.
+
+    Raises:
+        ConfigurationError: If this version of vLLM is not one that the plugin was tested with.
+    """
+    from mtgr.vllm_plugin.versions import check_version
+
+    check_version()
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from mtgr.vllm_plugin.config import MTGRConfig
+
+    AutoConfig.register(MODEL_TYPE, MTGRConfig, exist_ok=True)
+    # By name: importing the model here would initialise CUDA in processes that must not.
+    ModelRegistry.register_model(ARCHITECTURE, f"mtgr.vllm_plugin.model:{ARCHITECTURE}")

@@ -1,0 +1,156 @@
+"""MTGR as a model of vLLM: the reference network, its attention taken to the paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces_base import VllmModelForPooling
+
+from mtgr.errors import ConfigurationError
+from mtgr.kernels.norm import gated_group_norm, group_norm
+from mtgr.kernels.paged_attention import PagedBias, time_bucket_edges
+from mtgr.model.hstu import HSTUBlock
+from mtgr.model.mtgr import MTGR
+from mtgr.model.norm import GroupLayerNorm
+from mtgr.schema import SLOT_COLUMN, TYPE_COLUMN, TokenType
+from mtgr.vllm_plugin.attention import PagedAttention, Step, TokenTimes
+from mtgr.vllm_plugin.config import MTGRConfig
+from mtgr.vllm_plugin.pooler import ScorePooler
+from mtgr.vllm_plugin.rows import RowCodec
+
+
+class MTGRForRecommendation(nn.Module, VllmModelForPooling):
+    """Ranks and retrieves; its pooler says which, request by request.
+
+    All but attention's sum over keys is ``mtgr.model``'s own, parameters and equations: the two cannot drift apart.
+    Shapes: T tokens of a step, padding included.
+    """
+
+    is_pooling_model = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: MTGRConfig = vllm_config.model_config.hf_config
+        if config.mtgr is None:
+            raise ConfigurationError("config.json of the model has no key 'mtgr'; run `make export`.")
+        model, schema = config.network_config, config.schema
+        dtype = vllm_config.model_config.dtype
+        self.config = config
+        self.codec = RowCodec(schema)
+        self.network = MTGR(model, schema, int(config.mtgr["num_features"])).eval()
+        self.attention = nn.ModuleList(
+            PagedAttention(f"layers.{index}", model.num_heads, model.dqk, model.attention_norm_length, dtype)
+            for index in range(model.num_layers)
+        )
+        self.times = TokenTimes("times.0") if model.relative_bias else None
+        self._bias_tables: list[tuple[Tensor, Tensor]] = []
+        self._bucket_edges: Tensor | None = None
+        max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        # The pooler reads candidate rows here: a captured graph writes to this very memory again.
+        self.register_buffer("rows", torch.zeros(max_tokens, schema.width, dtype=torch.int32), persistent=False)
+        self.pooler = ScorePooler(self.network, self.rows)
+
+    def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Rows of padding: requests never have token ids."""
+        dtype = self.network.output_norm.gain.dtype
+        return torch.zeros(*input_ids.shape, self.codec.width, dtype=dtype, device=input_ids.device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Trunk outputs, float [T, d], of rows in the form of ``RowCodec``, float [T, bytes]."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(positions)
+        rows, visible = self.codec.decode(inputs_embeds)
+        self.rows[: len(rows)].copy_(rows)
+        types = rows[:, TYPE_COLUMN]
+        step = self._step(rows, visible, types == TokenType.CANDIDATE)
+        x = self._embed(rows, visible, step.is_candidate)
+        for index, (block, attention) in enumerate(zip(self.network.blocks, self.attention, strict=True)):
+            bias = None if step.bias is None else step.bias.for_layer(*self._bias_tables[index])
+            x = _block(block, attention, x, types, step, bias)
+        return _normalise(self.network.output_norm, x, types)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Take the checkpoint's tensors.
+
+        Raises:
+            ConfigurationError: If one is missing, unknown, or of another shape.
+        """
+        own = self.network.state_dict()
+        loaded = set()
+        for name, tensor in weights:
+            if name not in own or own[name].shape != tensor.shape:
+                raise ConfigurationError(
+                    f"{name} in model.safetensors does not belong to the model in config.json; run `make export` again."
+                )
+            own[name].copy_(tensor)
+            loaded.add(name)
+        missing = set(own) - loaded
+        if missing:
+            raise ConfigurationError(f"model.safetensors lacks {min(missing)}; run `make export` again.")
+        return {f"network.{name}" for name in loaded}
+
+    def _embed(self, rows: Tensor, visible: Tensor, is_candidate: Tensor) -> Tensor:
+        """Float [T, d]. Each embedding is shown padding where the other's rows stand, whose ids it may not have."""
+        embedding = self.network.embedding
+        context = embedding.context(rows.masked_fill(is_candidate[:, None], 0))
+        candidates = embedding.candidates(
+            rows.masked_fill(~is_candidate[:, None], 0), visible.masked_fill(~is_candidate, 0)
+        )
+        return torch.where(is_candidate[:, None], candidates, context)
+
+    def _step(self, rows: Tensor, visible: Tensor, is_candidate: Tensor) -> Step:
+        first: PagedAttention = self.attention[0]  # type: ignore[assignment]
+        metadata = first.metadata()
+        if metadata is None:
+            return Step(None, is_candidate, visible, None, None)
+        slots = metadata.slots[: len(rows)].masked_fill(is_candidate, -1)
+        return Step(metadata, is_candidate, visible, slots, self._bias(rows, visible, is_candidate, slots))
+
+    def _bias(self, rows: Tensor, visible: Tensor, is_candidate: Tensor, slots: Tensor) -> PagedBias | None:
+        relative = self.network.relative_bias
+        if relative is None or self.times is None:
+            return None
+        if self._bucket_edges is None:
+            self._bias_tables = list(
+                zip(
+                    relative.position_table.t().contiguous().unbind(0),
+                    relative.time_table.t().contiguous().unbind(0),
+                    strict=True,
+                )
+            )
+            self._bucket_edges = time_bucket_edges(relative.time_bucket, relative.time_buckets, rows.device)
+        times = rows[:, self.network.time_column].contiguous()
+        return PagedBias(
+            *self._bias_tables[0],
+            relative.max_positions,
+            torch.where(is_candidate, visible, rows[:, SLOT_COLUMN]),
+            times,
+            self.times.store(times, slots),
+            self._bucket_edges,
+        )
+
+
+def _block(
+    block: HSTUBlock, attention: PagedAttention, x: Tensor, types: Tensor, step: Step, bias: PagedBias | None
+) -> Tensor:
+    """``HSTUBlock.forward`` with the keys of the context in the paged cache; float [T, d]."""
+    u, v, q, k = (part[0] for part in block.project_normal(_normalise(block.input_norm, x, types)[None]))
+    q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+    attended = attention(q, k, v, step, bias).flatten(1)
+    norm = block.output_norm
+    return block.update(x, gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u))
+
+
+def _normalise(norm: GroupLayerNorm, x: Tensor, types: Tensor) -> Tensor:
+    return group_norm(x, types, norm.gain, norm.bias, norm.epsilon)
