@@ -19,7 +19,7 @@ demo: $(VENV)/.serve  ## train, export, serve, and recommend films to three user
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY) --if-stale
 	$(BIN)/python clients/demo.py --model-repository $(REPOSITORY)
 
-test: $(VENV)/.dev  ## all tests: static, unit, and a real Triton server
+test: $(VENV)/.dev $(VENV)/.redis  ## all tests: static, unit, and a real Triton server
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev  ## ruff and mypy
@@ -62,3 +62,10 @@ $(VENV)/.serve: pyproject.toml | $(VENV)/.made
 $(VENV)/.dev: pyproject.toml $(VENV)/.serve
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]'
 	touch $@
+
+# Some tests start a Redis server of their own. Without it they are skipped.
+$(VENV)/.redis: | $(VENV)/.made
+	@if command -v redis-server >/dev/null; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server >/dev/null && touch $@; \
+	else echo "redis-server is not installed, so its tests are skipped; sudo apt-get install -y redis-server"; fi

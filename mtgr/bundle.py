@@ -9,7 +9,9 @@ from pathlib import Path
 
 from mtgr.errors import ConfigurationError
 from mtgr.features.catalog import CATALOG_FILE, ItemCatalog
-from mtgr.features.store import SQLiteStore
+from mtgr.features.settings import FeatureSettings, open_store
+from mtgr.features.sqlite import SQLiteStore
+from mtgr.features.store import FeatureStore, HistoryLimit
 from mtgr.files import replaced_directory
 from mtgr.schema import SCHEMA_FILE, Schema
 
@@ -27,8 +29,18 @@ class Bundle:
     directory: Path
 
     def store(self) -> SQLiteStore:
-        """Open the embedded feature store."""
+        """Open the embedded feature store, read-only."""
         return SQLiteStore(self.directory / STORE_FILE)
+
+    def open_store(self, settings: FeatureSettings) -> FeatureStore:
+        """Open the feature store that the settings name.
+
+        Raises:
+            ConfigurationError: If its address is wrong, or there is no such file.
+        """
+        if not settings.store_url:
+            return self.store()
+        return open_store(settings.store_url, HistoryLimit.of(self.schema), settings.store_timeout)
 
 
 def bundle_directory(model_repository: Path) -> Path:

@@ -22,6 +22,7 @@ from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
 from mtgr.errors import ConfigurationError, UnavailableError
 from mtgr.features.extract import FeatureExtractor
+from mtgr.features.settings import feature_settings
 from mtgr.manifest import latest_version
 from mtgr.routing.readiness import artifact_problem
 from mtgr.routing.router import Router, RoutingConfig
@@ -63,7 +64,7 @@ class OptimizedInferencePipeline:
         torch.set_num_threads(self.config.threads)
         repository = Path(self.config.model_repository)
         bundle = load_bundle(repository)
-        self._extractor = FeatureExtractor(bundle.schema, bundle.catalog, bundle.store())
+        self._extractor = FeatureExtractor(bundle.schema, bundle.catalog, bundle.open_store(feature_settings()))
         engines = _LocalEngines(repository, bundle.schema.hash, self.config.threads)
         routing = self.config.routing or load_routing_config(repository)
         self._router = Router(bundle.schema, bundle.catalog, engines, routing)

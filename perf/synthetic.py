@@ -12,8 +12,9 @@ from mtgr.bundle import STORE_FILE
 from mtgr.checkpoint import Checkpoint, build_model, save_checkpoint
 from mtgr.config import ModelConfig
 from mtgr.data.dataset import Interactions, Item
-from mtgr.features.catalog import build_catalog
-from mtgr.features.store import UserRecord, write_store
+from mtgr.features.catalog import ItemCatalog, build_catalog
+from mtgr.features.sqlite import write_store
+from mtgr.features.store import UserRecord
 from mtgr.schema import CANDIDATE_COLUMNS, FIRST_COLUMN, ProfileField, Schema, TaskSpec
 
 CATEGORIES = ("action", "comedy", "drama", "documentary")
@@ -21,9 +22,8 @@ EPOCH = 1_704_067_200  # 2024-01-01
 SPAN = 200 * 86_400
 
 
-def synthetic_checkpoint(config: ModelConfig, num_items: int, seed: int) -> Checkpoint:
-    """A randomly initialised model on a random catalogue, with a long log behind its statistics."""
-    generator = np.random.default_rng(seed)
+def synthetic_catalog(num_items: int, generator: np.random.Generator) -> ItemCatalog:
+    """A random catalogue with a long log behind its statistics."""
     items = [
         Item(index, f"item {index}", (CATEGORIES[index % len(CATEGORIES)],), 1950 + index % 70)
         for index in range(1, num_items + 1)
@@ -35,8 +35,12 @@ def synthetic_checkpoint(config: ModelConfig, num_items: int, seed: int) -> Chec
         generator.integers(0, 5, events).astype(np.int32),
         np.sort(generator.integers(EPOCH, EPOCH + SPAN, events)),
     )
-    catalog = build_catalog(items, CATEGORIES, log, liked_action=3)
-    schema = Schema(
+    return build_catalog(items, CATEGORIES, log, liked_action=3)
+
+
+def synthetic_schema(catalog: ItemCatalog) -> Schema:
+    """A schema with every known candidate column."""
+    return Schema(
         name="synthetic",
         epoch=EPOCH,
         profile=(ProfileField("age", boundaries=(18.0, 30.0, 50.0)), ProfileField("gender", values=("F", "M"))),
@@ -49,6 +53,12 @@ def synthetic_checkpoint(config: ModelConfig, num_items: int, seed: int) -> Chec
         width=FIRST_COLUMN + len(CANDIDATE_COLUMNS),
         candidate_columns=CANDIDATE_COLUMNS,
     )
+
+
+def synthetic_checkpoint(config: ModelConfig, num_items: int, seed: int) -> Checkpoint:
+    """A randomly initialised model on a random catalogue."""
+    catalog = synthetic_catalog(num_items, np.random.default_rng(seed))
+    schema = synthetic_schema(catalog)
     torch.manual_seed(seed)
     return Checkpoint(build_model(config, schema, catalog).eval(), config, schema, catalog)
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mtgr.errors import UnavailableError
 from mtgr.features.candidates import build_candidate_state
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.context import context_rows
 from mtgr.features.request import Request, Tensors, parse_request
-from mtgr.features.store import FeatureStore, UserRecord
+from mtgr.features.store import UserRecord, UserSource
 from mtgr.schema import Schema
 
 Int32Array = npt.NDArray[np.int32]
@@ -22,6 +23,8 @@ Int64Array = npt.NDArray[np.int64]
 
 DEFAULT_ARM = "default"
 COLD_START = "cold_start"
+STALE_FEATURES = "stale_features"
+FEATURES_UNAVAILABLE = "features_unavailable"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Features:
         strategy: What the request asks for.
         top_k: Items to return; 0 for the default.
         arm: Side of the experiment.
-        labels: What the caller should know about the answer, such as ``cold_start``.
+        labels: What the caller should know about the answer: ``cold_start`` (the user has no events),
+            ``stale_features`` (the store is down, these are features of an earlier moment), or
+            ``features_unavailable`` (it is down, and the features are what the request brought along).
     """
 
     context: Int32Array
@@ -73,13 +78,14 @@ class FeatureExtractor:
         self,
         schema: Schema,
         catalog: ItemCatalog,
-        store: FeatureStore,
+        store: UserSource,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.schema = schema
         self.catalog = catalog
         self.store = store
         self.clock = clock
+        self._profile_names = frozenset(field.name for field in schema.profile)
 
     def extract(self, tensors: Tensors) -> Features:
         """Features of one request.
@@ -89,10 +95,9 @@ class FeatureExtractor:
 
         Raises:
             InvalidRequestError: If the request is wrong.
-            UnavailableError: If the store cannot answer.
         """
         request = parse_request(tensors, self.schema, int(self.clock()))
-        record = self._record(request)
+        record, labels = self._record(request)
         items = self.catalog.to_internal(record.items)
         rows = context_rows(self.schema, record.profile, items, record.actions, record.times)
         state = build_candidate_state(
@@ -104,15 +109,23 @@ class FeatureExtractor:
             candidates=np.empty(0, dtype=np.int64) if request.candidates is None else request.candidates,
             strategy=request.strategy,
             top_k=request.top_k or 0,
-            labels=() if len(items) else (COLD_START,),
+            labels=labels if len(items) else (*labels, COLD_START),
         )
 
-    def _record(self, request: Request) -> UserRecord:
-        """The user's profile and events as of the request: the store's, or what the request brings along."""
-        stored = self.store.get(request.user_id) or UserRecord()
+    def _record(self, request: Request) -> tuple[UserRecord, tuple[str, ...]]:
+        """The user's profile and events as of the request, the store's or what it brings along, and labels."""
+        history = request.history
+        if history is not None and request.profile.keys() >= self._profile_names:
+            return UserRecord(request.profile, history.items, history.actions, history.times), ()
+        labels: tuple[str, ...] = ()
+        stored = UserRecord()
+        try:
+            stored = self.store.get(request.user_id) or stored
+            labels = (STALE_FEATURES,) if stored.stale else ()
+        except UnavailableError:
+            labels = (FEATURES_UNAVAILABLE,)
         profile = {**stored.profile, **request.profile}
-        if request.history is not None:
-            history = request.history
-            return UserRecord(profile, history.items, history.actions, history.times)
+        if history is not None:
+            return UserRecord(profile, history.items, history.actions, history.times), labels
         end = int(np.searchsorted(stored.times, request.request_time, side="left"))
-        return UserRecord(profile, stored.items[:end], stored.actions[:end], stored.times[:end])
+        return UserRecord(profile, stored.items[:end], stored.actions[:end], stored.times[:end]), labels

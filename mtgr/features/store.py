@@ -1,22 +1,30 @@
-"""The feature store: who a user is and what the user did."""
+"""The feature store as an interface: who a user is and what the user did."""
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 
-from mtgr.errors import ConfigurationError, UnavailableError
+from mtgr.errors import InvalidRequestError, UnavailableError
+from mtgr.features.context import boundary
+from mtgr.schema import Schema
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+Listener = Callable[[str | None], None]
+
+_INT32_MAX = np.iinfo(np.int32).max
+# Times from here on are taken for milliseconds, as in requests.
+_MIN_MILLISECONDS = 100_000_000_000
+
+
+class DamagedRecordError(UnavailableError):
+    """The store answers, but what it holds of this one user cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +36,48 @@ class UserRecord:
         items: INT64 [E], raw item ids, ascending in time.
         actions: INT32 [E], actions from 0.
         times: INT64 [E], unix seconds.
+        stale: Whether this is an earlier answer, given because the store could not be asked.
     """
 
     profile: Mapping[str, str | float] = field(default_factory=dict)
     items: Int64Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     actions: Int32Array = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     times: Int64Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    stale: bool = False
 
 
-class FeatureStore(Protocol):
-    """Where records come from."""
+@dataclass(frozen=True)
+class HistoryLimit:
+    """How many events of a user are kept: S at its longest and a full R, ``max_history + realtime_step - 1``.
+
+    Attributes:
+        max_history: Longest segment S, in events.
+        realtime_step: R_max, in events.
+    """
+
+    max_history: int
+    realtime_step: int
+
+    @classmethod
+    def of(cls, schema: Schema) -> HistoryLimit:
+        """The limit that loses nothing of a context's rows."""
+        return cls(schema.max_history, schema.realtime_step)
+
+    @property
+    def max_events(self) -> int:
+        """Most events that are kept."""
+        return self.max_history + self.realtime_step - 1
+
+    def dropped(self, num_events: int) -> int:
+        """Oldest events to drop out of ``num_events``: a multiple of ``realtime_step``.
+
+        By such a multiple S and R still meet where they would have met without trimming, so rows stay the same.
+        """
+        return max(0, boundary(num_events, self.realtime_step) - self.max_history)
+
+
+class UserSource(Protocol):
+    """Where feature extraction gets users from."""
 
     def get(self, user_id: str) -> UserRecord | None:
         """The record of a user, or None if the user is not known.
@@ -47,78 +87,95 @@ class FeatureStore(Protocol):
         """
 
 
-class SQLiteStore:
-    """Records in one SQLite file, opened read-only; a look-up takes tens of microseconds.
+class FeatureStore(UserSource, Protocol):
+    """Users by id. All methods may be called from several threads, and raise UnavailableError like ``get``."""
 
-    Not thread-safe: one store per thread.
+    def get_many(self, user_ids: Sequence[str]) -> list[UserRecord | None]:
+        """Records in the order of ``user_ids``, None for users that are not known."""
 
-    Args:
-        path: The file, written by ``write_store``.
+    def put_user(self, user_id: str, record: UserRecord) -> None:
+        """Replace all that is stored of a user, or add the user."""
 
-    Raises:
-        ConfigurationError: If the file is missing or not such a store.
-    """
+    def put_many(self, records: Iterable[tuple[str, UserRecord]]) -> None:
+        """``put_user`` for each record, all in one exchange."""
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise ConfigurationError(f"there is no feature store at {path}; run `make train` and `make export`.")
-        # `immutable` skips locks and journals: the file is replaced as a whole, never written in place.
-        self._database = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
-        )
-        try:
-            self._database.execute("SELECT user_id, profile, items, actions, times FROM users LIMIT 1").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise ConfigurationError(f"{path} is not a feature store ({error}); run `make export` again.") from error
+    def append_events(self, user_id: str, items: npt.ArrayLike, actions: npt.ArrayLike, times: npt.ArrayLike) -> None:
+        """Add events of a user, known or new, all of them or none; drop the oldest beyond the limit.
 
-    def get(self, user_id: str) -> UserRecord | None:
-        """The record of a user, or None if the user is not known.
+        They may come in any order: records are ordered by (time, arrival).
+
+        Args:
+            user_id: The user.
+            items: Integers [E], raw item ids.
+            actions: Integers [E], actions from 0.
+            times: Integers [E], unix seconds.
 
         Raises:
-            UnavailableError: If the file can no longer be read, or the record is damaged.
+            InvalidRequestError: If the lengths differ or a value is out of range.
         """
-        query = "SELECT profile, items, actions, times FROM users WHERE user_id = ?"
-        try:
-            row = self._database.execute(query, (user_id,)).fetchone()
-        except sqlite3.Error as error:
-            raise UnavailableError(f"the feature store cannot be read ({error}); try again later.") from error
-        if row is None:
-            return None
-        try:
-            return UserRecord(
-                json.loads(row[0]),
-                np.frombuffer(row[1], dtype="<i8"),
-                np.frombuffer(row[2], dtype="<i4"),
-                np.frombuffer(row[3], dtype="<i8"),
-            )
-        except ValueError as error:
-            raise UnavailableError(f"the feature store's record of this user is damaged: {error}.") from error
 
     def user_ids(self) -> list[str]:
-        """All known users, in the order they were written."""
-        return [row[0] for row in self._database.execute("SELECT user_id FROM users ORDER BY rowid")]
+        """All known users."""
+
+    def subscribe(self, listener: Listener) -> None:
+        """Call ``listener(user_id)`` from another thread after every change, by whatever process.
+
+        ``listener(None)`` says that any user may have changed, for example after changes were missed.
+        """
 
     def close(self) -> None:
-        """Close the file."""
-        self._database.close()
+        """Let go of files and connections, and end calls of listeners."""
 
 
-def write_store(path: Path, records: Iterable[tuple[str, UserRecord]]) -> None:
-    """Write records into a new store at ``path``, which must not exist yet."""
+def checked_events(items: npt.ArrayLike, actions: npt.ArrayLike, times: npt.ArrayLike) -> UserRecord:
+    """Events to append, as a record without a profile.
 
-    def rows() -> Iterator[tuple[str, str, bytes, bytes, bytes]]:
-        for user_id, record in records:
-            yield (
-                user_id,
-                json.dumps(dict(record.profile)),
-                record.items.astype("<i8").tobytes(),
-                record.actions.astype("<i4").tobytes(),
-                record.times.astype("<i8").tobytes(),
+    Raises:
+        InvalidRequestError: If they are no integers, the lengths differ, or a value is out of range.
+    """
+    arrays = [np.atleast_1d(np.asarray(values)) for values in (items, actions, times)]
+    if any(array.ndim != 1 or (array.size and array.dtype.kind not in "iu") for array in arrays):
+        raise InvalidRequestError("items, actions, and times must each be a list of integers.")
+    if len({len(array) for array in arrays}) != 1:
+        lengths = ", ".join(str(len(array)) for array in arrays)
+        raise InvalidRequestError(f"items, actions, times have lengths {lengths}; they must be equal.")
+    limits = (
+        ("items", np.iinfo(np.int64).max, "item ids"),
+        ("actions", _INT32_MAX, "actions"),
+        ("times", _MIN_MILLISECONDS - 1, "unix seconds, not milliseconds,"),
+    )
+    for (name, high, what), array in zip(limits, arrays, strict=True):
+        wrong = (array < 0) | (array > high)
+        if wrong.any():
+            index = int(wrong.argmax())
+            raise InvalidRequestError(
+                f"{name} holds {array[index]} at index {index}; {what} must be between 0 and {high}."
             )
+    return UserRecord({}, arrays[0].astype(np.int64), arrays[1].astype(np.int32), arrays[2].astype(np.int64))
 
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute(
-            "CREATE TABLE users (user_id TEXT PRIMARY KEY, profile TEXT NOT NULL, "
-            "items BLOB NOT NULL, actions BLOB NOT NULL, times BLOB NOT NULL)"
+
+def merged(records: Sequence[UserRecord], limit: HistoryLimit | None) -> UserRecord:
+    """One record out of several, the first one's profile; ordered by (time, arrival) and trimmed.
+
+    Args:
+        records: One or more, in the order of their arrival.
+        limit: Events to keep; None keeps all.
+    """
+    first = records[0]
+    if len(records) > 1:
+        items, actions, times = (
+            np.concatenate([getattr(record, name) for record in records]) for name in ("items", "actions", "times")
         )
-        database.executemany("INSERT INTO users VALUES (?, ?, ?, ?, ?)", rows())
+    else:
+        items, actions, times = first.items, first.actions, first.times
+    if (times[1:] < times[:-1]).any():
+        order = np.argsort(times, kind="stable")
+        items, actions, times = items[order], actions[order], times[order]
+    start = 0 if limit is None else limit.dropped(len(times))
+    return UserRecord(first.profile, items[start:], actions[start:], times[start:])
+
+
+def redacted(url: str) -> str:
+    """A URL without user, password, and options, for messages."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

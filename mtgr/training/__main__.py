@@ -20,7 +20,8 @@ from mtgr.checkpoint import CONFIG_FILE, Checkpoint, build_model, save_checkpoin
 from mtgr.config import preset, preset_names
 from mtgr.data.registry import DATASETS, find_dataset
 from mtgr.errors import ConfigurationError, MTGRError
-from mtgr.features.store import UserRecord, write_store
+from mtgr.features.sqlite import write_store
+from mtgr.features.store import UserRecord
 from mtgr.files import read_json, replaced_directory, write_json
 from mtgr.schema import ROW_FORMAT
 from mtgr.training.evaluate import evaluate

@@ -12,6 +12,7 @@ import pytest
 
 from mtgr.serving.server import TritonServer
 from tests.conftest import ROOT
+from tests.unit.redis_server import RedisServer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,6 +37,8 @@ def test_every_command_is_of_a_kind_that_a_test_runs() -> None:
     covered = (
         "make ",  # below, and by what the fixtures run
         ".venv/bin/python clients/",  # below
+        "export MTGR_STORE_URL=redis://",  # below, with the test's own Redis
+        ".venv/bin/python -m mtgr.features ",  # below
         ". .venv/bin/activate",
         "tritonserver --model-repository model_repository",  # test_repository.py
     )
@@ -54,6 +57,21 @@ def test_client_commands_run(command: str, server: TritonServer) -> None:
     arguments = shlex.split(command)
     output = run([sys.executable, *arguments[1:], "--url", server.grpc_url])
     assert "items, strategy onnx" in output
+
+
+def test_store_commands_run(model_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    redis = RedisServer(tmp_path)
+    try:
+        monkeypatch.setenv("MTGR_STORE_URL", redis.url)
+        store = [shlex.split(command) for command in commands() if "-m mtgr.features" in command]
+        loaded, appended, shown = (
+            run([sys.executable, *words[1:], "--model-repository", str(model_repository)]) for words in store
+        )
+    finally:
+        redis.kill()
+    assert loaded.startswith("943 users")
+    assert appended == "user 196: 1 event appended\n"
+    assert "item 50" in shown.splitlines()[-1]
 
 
 def test_python_examples_run(server: TritonServer, model_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
 from mtgr.errors import ConfigurationError, InvalidRequestError
-from mtgr.features.store import UserRecord, write_store
+from mtgr.features.sqlite import write_store
+from mtgr.features.store import UserRecord
 from mtgr.manifest import MANIFEST_FILE, Manifest
 from tests.unit.models import batch, random_user, small_catalog, small_config, small_schema, spread_model
 

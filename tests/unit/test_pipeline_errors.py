@@ -11,7 +11,8 @@ from export.baseline import export_baseline
 from mtgr.bundle import STORE_FILE, stage_bundle
 from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mtgr.errors import ConfigurationError, InvalidRequestError, UnavailableError
-from mtgr.features.store import UserRecord, write_store
+from mtgr.features.sqlite import write_store
+from mtgr.features.store import UserRecord
 from mtgr.pipeline import OptimizedInferencePipeline, PipelineConfig
 from mtgr.routing.router import RoutingConfig
 from tests.unit.models import EPOCH, small_catalog, small_config, small_schema, spread_model

@@ -21,7 +21,7 @@ from mtgr.data.dataset import BoolArray, Interactions
 from mtgr.data.registry import DATASETS, DatasetEntry, find_dataset
 from mtgr.data.split import chronological_split
 from mtgr.errors import ConfigurationError
-from mtgr.features.store import SQLiteStore
+from mtgr.features.sqlite import SQLiteStore
 from mtgr.model import MTGR
 from mtgr.schema import FIRST_ID
 from mtgr.training.__main__ import METRICS_FILE, main

@@ -1,5 +1,7 @@
 """Triton adapter of feature extraction; the logic is in ``mtgr.features``."""
 
+import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,10 @@ import triton_python_backend_utils as pb_utils
 
 from mtgr.bundle import load_bundle
 from mtgr.errors import ConfigurationError, InvalidRequestError, UnavailableError
+from mtgr.features.cache import CachedStore
 from mtgr.features.extract import FeatureExtractor
+from mtgr.features.metrics import FeatureMetrics
+from mtgr.features.settings import feature_settings
 
 INPUTS = (
     "user_id",
@@ -20,6 +25,7 @@ INPUTS = (
     "strategy",
     "top_k",
 )
+METRICS_SECONDS = 1.0
 
 
 class TritonPythonModel:
@@ -28,9 +34,14 @@ class TritonPythonModel:
     def initialize(self, args):
         """Load the installed bundle; without one the model is up and says what to run."""
         self.extractor = None
+        self.metrics = FeatureMetrics()
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        settings = feature_settings({name: value["string_value"] for name, value in parameters.items()})
         try:
             bundle = load_bundle(Path(args["model_repository"]).parent)
-            self.extractor = FeatureExtractor(bundle.schema, bundle.catalog, bundle.store())
+            self.store = CachedStore(bundle.open_store(settings), settings.cache)
+            self.extractor = FeatureExtractor(bundle.schema, bundle.catalog, self.store)
+            self.reporter = Reporter(self.store, self.metrics)
         except ConfigurationError as error:
             self.problem = str(error)
             pb_utils.Logger.log_warn(self.problem)
@@ -38,6 +49,12 @@ class TritonPythonModel:
     def execute(self, requests):
         """One response per request."""
         return [self._respond(request) for request in requests]
+
+    def finalize(self):
+        """Let go of the store."""
+        if self.extractor is not None:
+            self.reporter.stop()
+            self.store.close()
 
     def _respond(self, request):
         if self.extractor is None:
@@ -56,6 +73,7 @@ class TritonPythonModel:
         except Exception as error:  # noqa: BLE001 - one request's trouble must not become its neighbours'
             pb_utils.Logger.log_error(f"features: {type(error).__name__}: {error}")
             return _error("feature extraction failed; see the server's log.", pb_utils.TritonError.INTERNAL)
+        self.metrics.count(features.labels)
         return pb_utils.InferenceResponse(
             [
                 pb_utils.Tensor("context", features.context[None]),
@@ -64,6 +82,55 @@ class TritonPythonModel:
                 pb_utils.Tensor("plan", np.array([[features.plan()]], dtype=np.object_)),
             ]
         )
+
+
+class Reporter:
+    """Brings counts to Triton's metrics page and the store's troubles to its log, once a second and not per request."""
+
+    def __init__(self, store, metrics):
+        self.store = store
+        self.metrics = metrics
+        self.families = {}
+        self.series = {}
+        self.problem = None
+        self.ended = threading.Event()
+        self.report()
+        self.thread = threading.Thread(target=self.run, name="feature-metrics", daemon=True)
+        self.thread.start()
+
+    def run(self):
+        """Report until the end."""
+        while not self.ended.wait(METRICS_SECONDS):
+            self.report()
+
+    def report(self):
+        """Add to counters, set gauges, and log a store that went away or came back."""
+        for spec, change in self.metrics.changes(self.store.statistics()):
+            if spec not in self.series:
+                self.series[spec] = self._metric(spec)
+            elif not change and spec.counter:
+                continue
+            metric = self.series[spec]
+            if spec.counter:
+                metric.increment(change)
+            else:
+                metric.set(change)
+        problem = self.store.problem
+        if (problem is None) != (self.problem is None):
+            message = "the feature store answers again." if problem is None else str(problem)
+            pb_utils.Logger.log_warn(f"features: {message}")
+        self.problem = problem
+
+    def stop(self):
+        """End the thread."""
+        self.ended.set()
+        self.thread.join()
+
+    def _metric(self, spec):
+        kind = pb_utils.MetricFamily.COUNTER if spec.counter else pb_utils.MetricFamily.GAUGE
+        if spec.name not in self.families:
+            self.families[spec.name] = pb_utils.MetricFamily(name=spec.name, description=spec.description, kind=kind)
+        return self.families[spec.name].Metric(labels=dict(spec.labels))
 
 
 def _error(message, code):
