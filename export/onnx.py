@@ -49,7 +49,7 @@ class _Graph:
     error: Callable[[OnnxEngine, Checkpoint, Tensor, Tensor], float]
 
 
-def export_onnx(checkpoint: Checkpoint, model_repository: Path, stack: ExitStack, seed: int = 0) -> None:
+def export_onnx(checkpoint: Checkpoint, model_repository: Path, stack: ExitStack, seed: int = 0) -> list[Manifest]:
     """Export and check ``mtgr_onnx_rank`` and ``mtgr_onnx_retrieve``.
 
     Args:
@@ -61,12 +61,15 @@ def export_onnx(checkpoint: Checkpoint, model_repository: Path, stack: ExitStack
     Raises:
         ConfigurationError: If a graph misses the tolerance at any shape; what was installed before stays.
     """
+    manifests = []
     for graph in _graphs(checkpoint):
         version = stack.enter_context(model_directory(graph.name, model_repository, checkpoint))
         path = version / "model.onnx"
         save_graph(graph.module, path, _example(checkpoint, len(graph.inputs)), graph)
         error = check_graph(graph, path, checkpoint, SHAPES, seed)
-        _manifest(graph, checkpoint, path, error).save(version)
+        manifests.append(_manifest(graph, checkpoint, path, error))
+        manifests[-1].save(version)
+    return manifests
 
 
 def check_graph(

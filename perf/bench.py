@@ -22,8 +22,10 @@ import torch
 from tqdm import tqdm
 
 from export.__main__ import export
+from export.engines import Job
 from export.rows import random_rows
 from mtgr.bundle import load_bundle
+from mtgr.checkpoint import load_checkpoint
 from mtgr.client import MTGRClient
 from mtgr.config import ModelConfig
 from mtgr.engines.baseline import BaselineEngine
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in DOOR_MODELS:
             ignored = shutil.ignore_patterns("bundle*", "staging", "__pycache__")
             shutil.copytree(ROOT / "model_repository" / name, repository / name, ignore=ignored)
-        export(checkpoint, repository)
+        export(Job(load_checkpoint(checkpoint), checkpoint, repository), strategies=("baseline", "onnx"))
         set_threads(repository / "mtgr_onnx_rank" / "config.pbtxt", options.threads)
         engines = {
             f"batch {batch}": compare_engines(repository, model, batch, options.threads, options.rounds, options.seed)

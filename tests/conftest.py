@@ -51,9 +51,10 @@ def copy_door(target: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def model_repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The door's models with every engine that this machine can export."""
+    """The door's models with the engines that every machine can export; vllm has a server of its own."""
     repository = copy_door(tmp_path_factory.mktemp("repository"))
     command = [sys.executable, "-m", "export", "--checkpoint", str(checkpoint), "--model-repository", str(repository)]
+    command += ["--engine", "baseline", "--engine", "onnx"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return repository

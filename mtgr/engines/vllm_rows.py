@@ -17,11 +17,12 @@ import torch
 
 from mtgr.config import ModelConfig
 from mtgr.engines.rows import RowChecker
-from mtgr.engines.vllm_settings import VLLMSettings
+from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, VLLMSettings
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
 from mtgr.files import read_json
-from mtgr.schema import FIRST_ID, TYPE_COLUMN, Schema, TokenType
+from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
 from mtgr.vllm_plugin import SCHEDULER, register
+from mtgr.vllm_plugin.orphans import mark_children
 from mtgr.vllm_plugin.rows import RowCodec, trimmed, visible_lengths
 
 Float32Array = npt.NDArray[np.float32]
@@ -32,7 +33,7 @@ Int32Array = npt.NDArray[np.int32]
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -91,8 +92,12 @@ class VLLMRowEngine:
         self._recorder: _Recorder | None = None
 
     @classmethod
-    async def start(cls, version_directory: Path) -> VLLMRowEngine:
+    async def start(cls, version_directory: Path, threads: int = 1) -> VLLMRowEngine:
         """Start the engine of a model's version directory, which holds ``model.json``.
+
+        Args:
+            version_directory: Where the model is.
+            threads: Threads of its processes within an operator, where they compute on a CPU.
 
         Raises:
             ConfigurationError: If vLLM is missing or of an untested version, or the engine does not start.
@@ -109,8 +114,8 @@ class VLLMRowEngine:
             raise ConfigurationError(f"{folder / 'config.json'} is not a model of MTGR; run `make export`.") from error
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if settings.kv_cache_memory_bytes is not None:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(-(-settings.kv_cache_memory_bytes // (1 << 30))))
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the processes that vLLM starts
+        mark_children()
         register()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -125,10 +130,12 @@ class VLLMRowEngine:
             # The static segment's tokens see each other both ways: they must meet in one step.
             enable_chunked_prefill=False,
             scheduler_cls=SCHEDULER,
+            use_tqdm_on_load=False,
         )
         recorder = _Recorder()
         try:
-            engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[recorder.attach])
+            # In a thread: it takes ten seconds, and the loop has requests to refuse meanwhile.
+            engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=[recorder.attach])
         except MTGRError:
             raise
         except Exception as error:  # vLLM has no base class of its errors; whatever it is, the engine is not there
@@ -163,7 +170,7 @@ class VLLMRowEngine:
         async with _limit(timeout):
             # The first part caches the context, and the others find it there.
             scored = [await self._run(context, visible, part, salt) for part in parts[:1]]
-            scored += await _gather([self._run(context, visible, part, salt) for part in parts[1:]])
+            scored += await gather_all([self._run(context, visible, part, salt) for part in parts[1:]])
         if not scored:
             return np.full((len(candidates), len(self.schema.tasks)), np.nan, dtype=np.float32)
         answer = np.concatenate([part.numpy() for part in scored])
@@ -189,10 +196,24 @@ class VLLMRowEngine:
             found = await self._run(context, visible, context[:0], salt)
         return found[:, 0].to(torch.int32).numpy(), found[:, 1].float().numpy()
 
+    async def warm_up(self) -> None:
+        """Run requests of several sizes, so that the first real one finds everything compiled and allocated."""
+        longest = min(self.schema.max_context, self._max_tokens - 1)
+        for tokens, candidates in ((1, 1), (min(64, longest), 16), (longest, self.max_candidates)):
+            context = np.zeros((tokens, self.schema.width), dtype=np.int32)
+            context[:, TYPE_COLUMN] = TokenType.HISTORY
+            context[tokens // 2 + 1 :, TYPE_COLUMN] = TokenType.REALTIME
+            context[:, SLOT_COLUMN] = np.arange(tokens)
+            rows = np.zeros((candidates, self.schema.width), dtype=np.int32)
+            rows[:, TYPE_COLUMN] = TokenType.CANDIDATE
+            for _ in range(2):  # the second finds its context in the cache
+                await self.rank(context, rows)
+            await self.retrieve(context)
+
     @property
     def failure(self) -> str | None:
         """Why the engine cannot answer any more; None while it can."""
-        return f"vLLM's engine has ended: {self._engine.dead_error}" if self._engine.errored else None
+        return "vLLM's engine has ended; the log says why." if self._engine.errored else None
 
     def statistics(self) -> EngineStatistics:
         """What the engine did so far."""
@@ -298,8 +319,12 @@ def _engine_arguments(settings: VLLMSettings) -> dict[str, Any]:
     """Arguments of vLLM that the settings decide."""
     arguments = settings.to_dict()
     del arguments["model"]
+    on_gpu = torch.cuda.is_available()
     if settings.dtype == "auto":
-        arguments["dtype"] = "bfloat16" if torch.cuda.is_available() else "float32"
+        arguments["dtype"] = "bfloat16" if on_gpu else "float32"
+    if settings.kv_cache_memory_bytes is None and not on_gpu:
+        # A host's memory is not the engine's own, of which vLLM would take gpu_memory_utilization.
+        arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
     return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -321,7 +346,7 @@ class _limit:  # noqa: N801 - used as a statement
             raise UnavailableError(f"vLLM did not answer within {self._seconds:g} s") from late
 
 
-async def _gather(calls: list[Any]) -> list[Any]:
+async def gather_all(calls: list[Any]) -> list[Any]:
     """Run all; the first failure cancels the rest."""
     try:
         async with asyncio.TaskGroup() as group:

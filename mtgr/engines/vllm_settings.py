@@ -17,6 +17,7 @@ SETTINGS_FILE = "model.json"
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 BLOCK_SIZES = (16, 32, 64, 128)
+CPU_CACHE_BYTES = 1 << 30  # for pages on a CPU where the settings do not say
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class VLLMSettings:
         max_num_seqs: Most requests in one step.
         block_size: Tokens of a page. Whole pages of a context are reused: small ones reuse more, large ones cost less.
         gpu_memory_utilization: Part of the GPU's memory for weights, activations and pages, (0, 1].
-        kv_cache_memory_bytes: Memory for pages, instead of what ``gpu_memory_utilization`` leaves; on a CPU, rounded up
-            to whole GiB. None leaves it to vLLM.
+        kv_cache_memory_bytes: Memory for pages, instead of what ``gpu_memory_utilization`` leaves; None is 1 GiB on a
+            CPU.
         num_gpu_blocks_override: Number of pages, for tests of a full cache; None leaves it to the memory.
         tensor_parallel_size: GPUs that share the model; 1.
         quantization: None: the plugin has no quantised layers yet.

@@ -7,24 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mtgr.features.cache import CacheStatistics
-
-
-@dataclass(frozen=True)
-class MetricSpec:
-    """One time series.
-
-    Attributes:
-        name: Its name.
-        description: What it counts, for the metrics page.
-        counter: Whether it only grows; otherwise a gauge.
-        labels: Names and values that tell it apart from others of this name.
-    """
-
-    name: str
-    description: str
-    counter: bool = True
-    labels: tuple[tuple[str, str], ...] = ()
-
+from mtgr.metrics import MetricSpec
 
 _CACHE = (
     ("hits", MetricSpec("mtgr_features_cache_hits_total", "Users answered out of the feature cache")),

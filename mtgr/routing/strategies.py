@@ -42,7 +42,7 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("baseline", "mtgr_baseline", "mtgr_baseline", True, "make export"),
         Strategy("onnx", "mtgr_onnx_rank", "mtgr_onnx_retrieve", True, "make export"),
         Strategy("tensorrt", "mtgr_tensorrt_rank", "mtgr_tensorrt_retrieve", True, None),
-        Strategy("vllm", "mtgr_vllm", "mtgr_vllm", False, None),
+        Strategy("vllm", "mtgr_vllm", "mtgr_vllm", False, "make vllm export"),
     )
 }
 

@@ -11,8 +11,10 @@ def register() -> None:
     Raises:
         ConfigurationError: If this version of vLLM is not one that the plugin was tested with.
     """
+    from mtgr.vllm_plugin.orphans import end_with_parent
     from mtgr.vllm_plugin.versions import check_version
 
+    end_with_parent()
     check_version()
     from transformers import AutoConfig
     from vllm import ModelRegistry

@@ -12,7 +12,7 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
 from mtgr.errors import ConfigurationError
 from mtgr.kernels.norm import gated_group_norm, group_norm
-from mtgr.kernels.paged_attention import PagedBias, time_bucket_edges
+from mtgr.kernels.paged_attention import PagedBias, time_bucket_edges, warm_up
 from mtgr.model.hstu import HSTUBlock
 from mtgr.model.mtgr import MTGR
 from mtgr.model.norm import GroupLayerNorm
@@ -49,6 +49,8 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         self.times = TokenTimes("times.0") if model.relative_bias else None
         self._bias_tables: list[tuple[Tensor, Tensor]] = []
         self._bucket_edges: Tensor | None = None
+        self._block_size = vllm_config.cache_config.block_size
+        self._max_tokens = vllm_config.model_config.max_model_len
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # The pooler reads candidate rows here: a captured graph writes to this very memory again.
         self.register_buffer("rows", torch.zeros(max_tokens, schema.width, dtype=torch.int32), persistent=False)
@@ -98,7 +100,23 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         missing = set(own) - loaded
         if missing:
             raise ConfigurationError(f"model.safetensors lacks {min(missing)}; run `make export` again.")
+        self._warm_up_attention()
         return {f"network.{name}" for name in loaded}
+
+    def _warm_up_attention(self) -> None:
+        """Compile and measure attention for steps of every size, so that no request waits for it; on GPUs only."""
+        first: PagedAttention = self.attention[0]  # type: ignore[assignment]
+        table = self.network.relative_bias
+        warm_up(
+            first.num_heads,
+            first.head_size,
+            first.dtype,
+            self._block_size,
+            has_bias=table is not None,
+            device=self.rows.device,
+            max_tokens=len(self.rows),
+            max_keys=self._max_tokens,
+        )
 
     def _embed(self, rows: Tensor, visible: Tensor, is_candidate: Tensor) -> Tensor:
         """Float [T, d]. Each embedding is shown padding where the other's rows stand, whose ids it may not have."""

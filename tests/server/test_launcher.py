@@ -204,7 +204,7 @@ def test_failed_engine_leaves_the_door_up(server: TritonServer, client: grpcclie
     assert reports["onnx"].max_error == "2.5e-07"
     assert not reports["baseline"].ready
     assert reports["baseline"].status == "failed: mtgr_baseline: ValueError: the checkpoint is not there"
-    assert reports["vllm"].status == "not exported: its export is not part of this release"
+    assert reports["vllm"].status == "not exported: run `make vllm export`"
     table = format_reports(list(reports.values())).splitlines()
     assert {line.index(cell) for line, cell in zip(table, ("status", "failed:", "ready"), strict=False)} == {
         table[0].index("status")

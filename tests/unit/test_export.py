@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import export.onnx as onnx_export
-from export.__main__ import ENGINES, export, is_installed, main
+from export.__main__ import export, is_installed, main
+from export.engines import EXPORTERS, Job
 from export.graphs import RankGraph, RetrieveGraph
 from export.onnx import SHAPES, TOLERANCE
 from export.rows import random_rows
@@ -31,6 +32,8 @@ from mtgr.features.store import UserRecord
 from mtgr.manifest import MANIFEST_FILE, Manifest
 from tests.unit.models import batch, random_user, small_catalog, small_config, small_schema, spread_model
 
+STRATEGIES = ("baseline", "onnx")  # vllm is exported in tests/engine
+ENGINES = tuple(model for name in STRATEGIES for model in EXPORTERS[name].models)
 # Long enough for every shape that export checks at.
 SCHEMA = small_schema(max_history=600)
 CATALOG = small_catalog()
@@ -63,6 +66,15 @@ def make_checkpoint(directory: Path, seed: int = 0) -> Path:
     return directory
 
 
+def run_export(checkpoint: Path, repository: Path) -> None:
+    export(Job(load_checkpoint(checkpoint), checkpoint, repository), strategies=STRATEGIES)
+
+
+def installed(checkpoint: Path, repository: Path) -> bool:
+    job = Job(load_checkpoint(checkpoint), checkpoint, repository)
+    return is_installed(job, checkpoint / STORE_FILE, [EXPORTERS[name] for name in STRATEGIES])
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("export") / "checkpoint")
@@ -72,7 +84,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with every engine; tests that change it take a copy."""
     repository = tmp_path_factory.mktemp("exported")
-    export(checkpoint, repository)
+    run_export(checkpoint, repository)
     return repository
 
 
@@ -204,7 +216,7 @@ def test_a_graph_that_misses_the_tolerance_leaves_everything_as_it_was(
     before = fingerprint(copy)
     assert f"{model}/1/model.onnx" in before
     with pytest.raises(ConfigurationError, match=f"{model} differs from PyTorch by .* it was not installed"):
-        export(checkpoint, copy)
+        run_export(checkpoint, copy)
     # Not the baseline and the bundle either: engines of two checkpoints would rank differently.
     assert fingerprint(copy) == before
 
@@ -217,7 +229,7 @@ def test_a_first_export_that_fails_leaves_nothing(
 
     monkeypatch.setattr(onnx_export, "save_graph", half_written)
     with pytest.raises(ConfigurationError, match="ONNX Runtime cannot load"):
-        export(checkpoint, tmp_path)
+        run_export(checkpoint, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not (tmp_path / "mtgr_onnx_rank").exists()
     assert not (tmp_path / "mtgr_features" / "staging").exists()
@@ -236,13 +248,13 @@ def test_scores_that_are_not_numbers_do_not_pass(checkpoint: Path, exported: Pat
 
 
 def test_an_export_of_this_checkpoint_is_installed(exported: Path, checkpoint: Path) -> None:
-    assert is_installed(checkpoint, exported)
+    assert installed(checkpoint, exported)
 
 
 @pytest.mark.parametrize("missing", [*ENGINES, "mtgr_features"])
 def test_a_missing_part_is_not_installed(copy: Path, checkpoint: Path, missing: str) -> None:
     shutil.rmtree(copy / missing)
-    assert not is_installed(checkpoint, copy)
+    assert not installed(checkpoint, copy)
 
 
 @pytest.mark.parametrize(
@@ -252,17 +264,18 @@ def test_a_missing_part_is_not_installed(copy: Path, checkpoint: Path, missing: 
 def test_a_stale_engine_is_not_installed(copy: Path, checkpoint: Path, model: str, change: dict[str, object]) -> None:
     path = copy / model / "1" / MANIFEST_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert not is_installed(checkpoint, copy)
+    assert not installed(checkpoint, copy)
 
 
 def test_another_checkpoint_is_not_installed(exported: Path, tmp_path: Path) -> None:
-    assert not is_installed(make_checkpoint(tmp_path / "other", seed=1), exported)
+    assert not installed(make_checkpoint(tmp_path / "other", seed=1), exported)
 
 
 def test_command_line_skips_what_is_installed(copy: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = fingerprint(copy)
     arguments = ["--checkpoint", str(checkpoint), "--model-repository", str(copy), "--if-stale"]
-    assert main(arguments) == 0
+    engines = [word for name in STRATEGIES for word in ("--engine", name)]
+    assert main([*arguments, *engines]) == 0
     assert "holds the engines" in capsys.readouterr().out
     assert fingerprint(copy) == before
 

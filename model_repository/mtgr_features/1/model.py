@@ -1,7 +1,6 @@
 """Triton adapter of feature extraction; the logic is in ``mtgr.features``."""
 
 import json
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from mtgr.features.cache import CachedStore
 from mtgr.features.extract import FeatureExtractor
 from mtgr.features.metrics import FeatureMetrics
 from mtgr.features.settings import feature_settings
+from mtgr.triton_metrics import MetricReporter
 
 INPUTS = (
     "user_id",
@@ -25,7 +25,6 @@ INPUTS = (
     "strategy",
     "top_k",
 )
-METRICS_SECONDS = 1.0
 
 
 class TritonPythonModel:
@@ -41,7 +40,8 @@ class TritonPythonModel:
             bundle = load_bundle(Path(args["model_repository"]).parent)
             self.store = CachedStore(bundle.open_store(settings), settings.cache)
             self.extractor = FeatureExtractor(bundle.schema, bundle.catalog, self.store)
-            self.reporter = Reporter(self.store, self.metrics)
+            self.store_problem = None
+            self.reporter = MetricReporter(pb_utils, self._changes)
         except ConfigurationError as error:
             self.problem = str(error)
             pb_utils.Logger.log_warn(self.problem)
@@ -55,6 +55,15 @@ class TritonPythonModel:
         if self.extractor is not None:
             self.reporter.stop()
             self.store.close()
+
+    def _changes(self):
+        """What to report, once a second; the store's troubles go to the log at the same pace, not once per request."""
+        problem = self.store.problem
+        if (problem is None) != (self.store_problem is None):
+            message = "the feature store answers again." if problem is None else str(problem)
+            pb_utils.Logger.log_warn(f"features: {message}")
+        self.store_problem = problem
+        return self.metrics.changes(self.store.statistics())
 
     def _respond(self, request):
         if self.extractor is None:
@@ -82,55 +91,6 @@ class TritonPythonModel:
                 pb_utils.Tensor("plan", np.array([[features.plan()]], dtype=np.object_)),
             ]
         )
-
-
-class Reporter:
-    """Brings counts to Triton's metrics page and the store's troubles to its log, once a second and not per request."""
-
-    def __init__(self, store, metrics):
-        self.store = store
-        self.metrics = metrics
-        self.families = {}
-        self.series = {}
-        self.problem = None
-        self.ended = threading.Event()
-        self.report()
-        self.thread = threading.Thread(target=self.run, name="feature-metrics", daemon=True)
-        self.thread.start()
-
-    def run(self):
-        """Report until the end."""
-        while not self.ended.wait(METRICS_SECONDS):
-            self.report()
-
-    def report(self):
-        """Add to counters, set gauges, and log a store that went away or came back."""
-        for spec, change in self.metrics.changes(self.store.statistics()):
-            if spec not in self.series:
-                self.series[spec] = self._metric(spec)
-            elif not change and spec.counter:
-                continue
-            metric = self.series[spec]
-            if spec.counter:
-                metric.increment(change)
-            else:
-                metric.set(change)
-        problem = self.store.problem
-        if (problem is None) != (self.problem is None):
-            message = "the feature store answers again." if problem is None else str(problem)
-            pb_utils.Logger.log_warn(f"features: {message}")
-        self.problem = problem
-
-    def stop(self):
-        """End the thread."""
-        self.ended.set()
-        self.thread.join()
-
-    def _metric(self, spec):
-        kind = pb_utils.MetricFamily.COUNTER if spec.counter else pb_utils.MetricFamily.GAUGE
-        if spec.name not in self.families:
-            self.families[spec.name] = pb_utils.MetricFamily(name=spec.name, description=spec.description, kind=kind)
-        return self.families[spec.name].Metric(labels=dict(spec.labels))
 
 
 def _error(message, code):

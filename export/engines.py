@@ -1,0 +1,92 @@
+"""The engines that can be exported, by strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from export.baseline import export_baseline
+from export.onnx import OPSET, export_onnx
+from export.vllm import export_vllm, vllm_problem, vllm_settings
+from mtgr.checkpoint import Checkpoint
+from mtgr.manifest import Manifest
+from mtgr.routing.strategies import STRATEGIES
+from mtgr.vllm_plugin import versions as vllm_versions
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an export starts from.
+
+    Attributes:
+        checkpoint: The checkpoint, loaded.
+        directory: Where it lies.
+        model_repository: Where models go.
+        vllm: Engine arguments other than the defaults.
+    """
+
+    checkpoint: Checkpoint
+    directory: Path
+    model_repository: Path
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """How one strategy is exported.
+
+    Attributes:
+        strategy: Its name.
+        stage: Makes and checks its models; they are installed when the stack closes.
+        problem: Why this machine cannot; None if it can.
+        details: What the manifests' details must say for the models not to be stale.
+    """
+
+    strategy: str
+    stage: Callable[[Job, ExitStack], list[Manifest]]
+    problem: Callable[[], str | None] = lambda: None
+    details: Callable[[Job], Mapping[str, Any]] = lambda job: {}
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Its Triton models."""
+        return STRATEGIES[self.strategy].models
+
+
+EXPORTERS: dict[str, Exporter] = {
+    exporter.strategy: exporter
+    for exporter in (
+        Exporter("baseline", lambda job, stack: [export_baseline(job.checkpoint, job.directory, *_into(job, stack))]),
+        Exporter("onnx", lambda job, stack: export_onnx(job.checkpoint, *_into(job, stack))),
+        Exporter(
+            "vllm",
+            lambda job, stack: [export_vllm(job.checkpoint, *_into(job, stack), job.vllm)],
+            vllm_problem,
+            lambda job: {"settings": vllm_settings(job.checkpoint, job.vllm).to_dict()},
+        ),
+    )
+}
+
+
+def installed_version(name: str) -> str | None:
+    """Version of a package as manifests record it; the opset is a package's version for this purpose."""
+    if name == "opset":
+        return str(OPSET)
+    if name == "vllm":
+        return vllm_versions.installed_version()
+    if name == "torch":  # its distribution leaves out what follows the plus sign
+        import torch
+
+        return torch.__version__
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _into(job: Job, stack: ExitStack) -> tuple[Path, ExitStack]:
+    return job.model_repository, stack

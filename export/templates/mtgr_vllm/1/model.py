@@ -1,0 +1,71 @@
+"""Triton adapter of the vllm engine; the logic is in ``mtgr.engines.vllm_service``."""
+
+import json
+import locale
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+from mtgr.engines.vllm_metrics import VLLMMetrics
+from mtgr.engines.vllm_service import Call, CancelledRequestError, ServiceConfig, VLLMService
+from mtgr.errors import InvalidRequestError, UnavailableError
+from mtgr.triton_metrics import MetricReporter
+
+INPUTS = ("context", "candidates")
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """Answers each request through its response sender as soon as it is done, whoever came before it."""
+
+    def initialize(self, args):
+        """Start the engine that lies beside this file."""
+        # The stub embeds Python in the C locale, in which vLLM cannot read its own files.
+        locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        values = {name: value["string_value"] for name, value in parameters.items()}
+        version = Path(args["model_repository"]) / args["model_version"]
+        self.service = VLLMService(version, ServiceConfig.from_parameters(values), pb_utils.Logger.log_error)
+        metrics = VLLMMetrics(self.service)
+        self.reporter = MetricReporter(pb_utils, metrics.changes)
+
+    def execute(self, requests):
+        """Hand the requests over and return at once."""
+        for request in requests:
+            sender = request.get_response_sender()
+            limit = request.timeout() / 1e6
+            # Inputs are copied here: Triton takes their memory back when execute returns.
+            tensors = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in INPUTS)
+            inputs = {name: tensor.as_numpy().copy() for name, tensor in tensors if tensor is not None}
+            self.service.submit(Call(inputs, responder(sender), sender.is_cancelled, limit or None))
+
+    def finalize(self):
+        """Let requests in flight end, then end the engine."""
+        self.reporter.stop()
+        self.service.close()
+
+
+def responder(sender):
+    """Sends an answer or an error to whoever asked."""
+
+    def respond(answer):
+        if isinstance(answer, Exception):
+            response = pb_utils.InferenceResponse(error=triton_error(answer))
+        else:
+            response = pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in answer.items()])
+        sender.send(response, flags=FINAL)
+
+    return respond
+
+
+def triton_error(error):
+    """The error with Triton's code for it."""
+    codes = {
+        InvalidRequestError: pb_utils.TritonError.INVALID_ARG,
+        UnavailableError: pb_utils.TritonError.UNAVAILABLE,
+        CancelledRequestError: pb_utils.TritonError.CANCELLED,
+    }
+    if type(error) in codes:
+        return pb_utils.TritonError(str(error), codes[type(error)])
+    pb_utils.Logger.log_error(f"vllm: {type(error).__name__}: {error}")
+    return pb_utils.TritonError("the vllm engine failed; see the server's log.", pb_utils.TritonError.INTERNAL)

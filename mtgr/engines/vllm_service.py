@@ -1,0 +1,255 @@
+"""The ``vllm`` engine as a service for threads: requests in, answers by callback, and a new engine when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mtgr.engines.vllm_rows import EngineStatistics, VLLMRowEngine, gather_all
+from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
+
+Arrays = dict[str, npt.NDArray[Any]]
+Result = TypeVar("Result")
+
+# A caller's change of mind is looked for after this time, and then again and again: short requests are never asked.
+_CANCEL_SECONDS = 0.02
+_WATCH_SECONDS = 0.25
+_RESTART_SECONDS = 2.0
+_DRAIN_SECONDS = 10.0
+
+
+class CancelledRequestError(MTGRError):
+    """The caller gave the request up."""
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    """How the engine is run.
+
+    Attributes:
+        threads: Threads of the engine on a CPU.
+        timeout: Seconds for a request that brings no time limit of its own.
+        max_restarts: How often an engine that died is started again before the service gives up.
+        max_pending: Requests in flight; further ones are refused at once.
+    """
+
+    threads: int = 1
+    timeout: float = 8.0
+    max_restarts: int = 3
+    max_pending: int = 4096
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ServiceConfig:
+        """Parse the string parameters of a ``config.pbtxt``; absent ones keep their defaults.
+
+        Raises:
+            ConfigurationError: If a parameter is unknown, or its value is wrong.
+        """
+        kinds = {"threads": int, "timeout": float, "max_restarts": int, "max_pending": int}
+        values = {}
+        for name, text in parameters.items():
+            if name not in kinds:
+                raise ConfigurationError(f"mtgr_vllm: unknown parameter {name!r}; remove it or fix its name.")
+            try:
+                values[name] = kinds[name](text)
+            except ValueError as error:
+                raise ConfigurationError(f"mtgr_vllm: {name} is {text!r}; it must be a number.") from error
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigurationError: If a value is out of range.
+        """
+        least = min(self.threads, self.max_pending, self.max_restarts + 1)
+        if least < 1 or not 0 < self.timeout < float("inf"):
+            raise ConfigurationError(
+                "mtgr_vllm: threads and max_pending must be at least 1, max_restarts 0 or more, and timeout positive."
+            )
+
+
+@dataclass
+class Call:
+    """One request of a thread outside the event loop.
+
+    Attributes:
+        inputs: ``context`` INT32 [B, n, W] and, to rank, ``candidates`` INT32 [B, k, W].
+        respond: Called once, from the loop's thread, with ``task_scores`` FP32 [B, k, T], or ``items`` INT32 [B, m] and
+            ``scores`` FP32 [B, m], or with the error.
+        cancelled: Whether the caller gave up.
+        timeout: Seconds; None takes the service's own limit.
+    """
+
+    inputs: Mapping[str, npt.NDArray[Any]]
+    respond: Callable[[Arrays | Exception], None]
+    cancelled: Callable[[], bool] = lambda: False
+    timeout: float | None = None
+
+
+class VLLMService:
+    """One engine in an event loop of its own thread.
+
+    Requests run side by side and are answered in the order in which they are done: a request whose context is cached
+    overtakes one whose context is not. An engine that dies fails the requests it had, says why to those that come, and
+    is started again a few times.
+
+    Args:
+        version_directory: Holds ``model.json``.
+        config: Settings.
+        log: Takes what an operator should read.
+
+    Raises:
+        ConfigurationError: If the engine does not start.
+    """
+
+    def __init__(
+        self, version_directory: Path, config: ServiceConfig | None = None, log: Callable[[str], None] = print
+    ) -> None:
+        self.config = config or ServiceConfig()
+        self.restarts = 0
+        self._directory = version_directory
+        self._log = log
+        self._past = EngineStatistics()  # what engines did that have ended
+        self._problem: str | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+        try:
+            self._engine: VLLMRowEngine = self._wait(self._start())
+        except BaseException:
+            self._stop_loop()
+            raise
+        self._calls: set[asyncio.Task[None]] = set()
+        self._watch = self._spawn(self._restart_when_dead())
+
+    @property
+    def failure(self) -> str | None:
+        """Why no request can be answered now; None while they can."""
+        return self._problem or self._engine.failure
+
+    def submit(self, call: Call) -> None:
+        """Take a request up and return at once; safe from any thread."""
+        self._loop.call_soon_threadsafe(self._begin, call)
+
+    def statistics(self) -> EngineStatistics:
+        """Counters since the service's start, over all engines it had."""
+        return _added(self._past, self._engine.statistics())
+
+    def close(self) -> None:
+        """Let requests in flight end for a while, then end the engine."""
+
+        async def drain() -> None:
+            self._watch.cancel()
+            if self._calls:
+                await asyncio.wait(self._calls, timeout=_DRAIN_SECONDS)
+
+        self._wait(drain())
+        self._engine.shutdown()
+        self._stop_loop()
+
+    async def _start(self) -> VLLMRowEngine:
+        engine = await VLLMRowEngine.start(self._directory, self.config.threads)
+        await engine.warm_up()
+        return engine
+
+    def _begin(self, call: Call) -> None:
+        task = self._loop.create_task(self._answer(call))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _answer(self, call: Call) -> None:
+        work = self._loop.create_task(self._run(call))
+        try:
+            done, _ = await asyncio.wait((work,), timeout=_CANCEL_SECONDS)
+            while not done:
+                if call.cancelled():
+                    work.cancel()
+                    await asyncio.wait((work,))
+                    raise CancelledRequestError("the request was cancelled.")
+                done, _ = await asyncio.wait((work,), timeout=5 * _CANCEL_SECONDS)
+            call.respond(work.result())
+        except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
+            call.respond(error)
+
+    async def _run(self, call: Call) -> Arrays:
+        if self.failure is not None:
+            raise UnavailableError(self.failure)
+        if len(self._calls) > self.config.max_pending:
+            raise UnavailableError(f"{self.config.max_pending} requests are in flight, as many as are allowed.")
+        for name, rows in call.inputs.items():
+            if rows.ndim != 3:
+                raise InvalidRequestError(f"{name} has shape {list(rows.shape)}; it must be [batch, tokens, columns].")
+        if "context" not in call.inputs:
+            raise InvalidRequestError("context is missing.")
+        contexts, candidates = call.inputs["context"], call.inputs.get("candidates")
+        limit = call.timeout or self.config.timeout
+        if candidates is None:
+            found = await gather_all([self._engine.retrieve(context, limit) for context in contexts])
+            return {
+                "items": np.stack([items for items, _ in found]),
+                "scores": np.stack([scores for _, scores in found]),
+            }
+        if len(candidates) != len(contexts):
+            raise InvalidRequestError(f"context is about {len(contexts)} users, candidates about {len(candidates)}.")
+        pairs = zip(contexts, candidates, strict=True)
+        return {"task_scores": np.stack(await gather_all([self._engine.rank(*pair, limit) for pair in pairs]))}
+
+    async def _restart_when_dead(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            failure = self._engine.failure
+            if failure is None:
+                continue
+            if self.restarts >= self.config.max_restarts:
+                self._log(f"{failure} It was started again {self.restarts} times already; restart the server.")
+                return
+            self._log(f"{failure} It is started again.")
+            self._problem = "vLLM's engine has ended and is being started again."
+            await self._restart()
+
+    async def _restart(self) -> None:
+        """Put a new engine in the place of a dead one."""
+        dead = self._engine
+        dead.shutdown()
+        self.restarts += 1
+        try:
+            engine = await self._start()
+        except (ConfigurationError, UnavailableError) as error:
+            self._problem = f"vLLM's engine has ended and did not start again: {error}"
+            self._log(self._problem)
+            await asyncio.sleep(_RESTART_SECONDS * 2**self.restarts)
+            return
+        self._past, self._engine = _added(self._past, dead.statistics()), engine
+        self._problem = None
+        self._log("vLLM's engine is up again.")
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _wait(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+_GAUGES = frozenset({"running", "waiting", "kv_usage"})
+
+
+def _added(past: EngineStatistics, now: EngineStatistics) -> EngineStatistics:
+    """Counters of both, gauges of the present."""
+    names = (field.name for field in dataclasses.fields(now))
+    return EngineStatistics(
+        **{name: getattr(now, name) + (0 if name in _GAUGES else getattr(past, name)) for name in names}
+    )
