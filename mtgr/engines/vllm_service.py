@@ -240,6 +240,13 @@ class VLLMService:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _stop_loop(self) -> None:
+        async def end() -> None:
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+
+        self._wait(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 

@@ -215,10 +215,13 @@ class Router:
         return items[:limit]
 
     async def _rank(self, strategy: Strategy, context: Int32Array, rows: Int32Array) -> Float32Array:
-        """FP32 [k, T] of candidate rows INT32 [k, W], in as many calls as the largest bucket makes necessary."""
+        """FP32 [k, T] of candidate rows INT32 [k, W], in as many calls as the largest bucket makes necessary.
+
+        An engine without buckets splits them itself: it has the context cached before it comes to the second part.
+        """
         if not len(rows):
             return np.empty((0, len(self.schema.tasks)), dtype=np.float32)
-        step = CANDIDATE_BUCKETS[-1]
+        step = CANDIDATE_BUCKETS[-1] if strategy.padded else len(rows)
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
         answers = await asyncio.gather(*(self._rank_part(strategy, context, part) for part in parts))
         return np.concatenate(answers)

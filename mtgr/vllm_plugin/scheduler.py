@@ -1,7 +1,8 @@
-"""A scheduler that caches contexts only."""
+"""A scheduler that caches contexts only, and lets requests of cached contexts go first."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -9,12 +10,18 @@ from vllm.v1.request import Request
 
 CONTEXT_TOKENS = "context_tokens"
 
+# After so long nobody overtakes a request any more, or a stream of cached ones would keep it waiting for ever.
+PATIENCE_SECONDS = 0.25
+
 
 class ContextScheduler(AsyncScheduler):
     """vLLM's scheduler, with prefix caching that ends where the candidates begin.
 
     A candidate's keys and values are of no use to anyone else. Left out of the cache, its blocks are the first to be
     taken again, and never displace a user's context; and a request that was seen before still computes every candidate.
+
+    Where more requests wait than one step computes, those whose context is cached, and which so take little of it, are
+    put before those whose context is not.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,6 +38,24 @@ class ContextScheduler(AsyncScheduler):
         """Take a request, without the hashes of blocks that hold candidates: they are never looked up."""
         del request.block_hashes[context_tokens(request) // self.block_size :]
         super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Choose the requests of the next step."""
+        if len(self.waiting) > 1:
+            self._put_cached_first()
+        return super().schedule(*args, **kwargs)
+
+    def _put_cached_first(self) -> None:
+        late = time.time() - PATIENCE_SECONDS
+        ordered = sorted(self.waiting, key=lambda request: request.arrival_time > late and not self._is_cached(request))
+        self.waiting.clear()
+        self.waiting.extend(ordered)
+
+    def _is_cached(self, request: Request) -> bool:
+        """Whether the first page of the context is there: with it, as a rule, is all that stood in it then."""
+        hashes = request.block_hashes
+        groups = list(range(len(self.kv_cache_config.kv_cache_groups)))
+        return bool(hashes) and self.kv_cache_manager.block_pool.get_cached_block(hashes[0], groups) is not None
 
 
 def context_tokens(request: Request) -> int:

@@ -193,6 +193,26 @@ def test_two_hundred_mixed_requests_on_a_cache_of_64_pages(served: Served) -> No
             assert answer[0].tolist() == found.tolist()
 
 
+def test_a_cached_request_overtakes_those_that_are_not(served: Served) -> None:
+    """Ten users nobody knows fill several steps; a known one who comes last is answered before most of them."""
+    generator = np.random.default_rng(11)
+    known = random_user(served.schema, generator, history=90, realtime=5, candidates=4)
+    served.rank(known.context, known.candidates)
+    crowd = [random_user(served.schema, generator, history=200, realtime=90, candidates=300) for _ in range(10)]
+    order: list[int] = []
+
+    async def ask(index: int, user: User) -> None:
+        await served.engine.rank(user.context, user.candidates)
+        order.append(index)
+
+    async def together() -> None:
+        await asyncio.gather(*(ask(index, user) for index, user in enumerate([*crowd, known])))
+
+    served.run(together())
+    assert sorted(order) == list(range(11))
+    assert order.index(10) <= 5
+
+
 def test_candidates_do_not_displace_contexts(served: Served) -> None:
     """Ten requests whose candidates alone fill most of the cache leave a small context where it is."""
     generator = np.random.default_rng(8)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from mtgr.routing.settings import routing_config
 from mtgr.routing.strategies import STRATEGIES
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+CALLS = 512  # of engines at a time, over all requests
 READINESS_SECONDS = 1.0  # how long a model's readiness is taken to hold
 
 
@@ -38,6 +40,8 @@ class TritonPythonModel:
         except ConfigurationError as error:
             self.problem = str(error)
         self.loop = asyncio.new_event_loop()
+        # Each call of an engine holds one of these threads until it is answered; Python's default is six on two cores.
+        self.loop.set_default_executor(ThreadPoolExecutor(CALLS, thread_name_prefix="bls"))
         self.thread = threading.Thread(target=self.loop.run_forever, name="router", daemon=True)
         self.thread.start()
 
