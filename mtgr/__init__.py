@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mtgr.engines.vllm import VLLMEngine, VLLMEngineConfig
     from mtgr.pipeline import OptimizedInferencePipeline, PipelineConfig
 
 __version__ = "0.1.0"
-__all__ = ["OptimizedInferencePipeline", "PipelineConfig", "__version__"]
+__all__ = ["OptimizedInferencePipeline", "PipelineConfig", "VLLMEngine", "VLLMEngineConfig", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from mtgr import pipeline
 
         return getattr(pipeline, name)
+    if name in ("VLLMEngine", "VLLMEngineConfig"):
+        from mtgr.engines import vllm
+
+        return getattr(vllm, name)
     raise AttributeError(f"module 'mtgr' has no attribute {name!r}")

@@ -6,10 +6,10 @@ Features, routing, and engines are the very code that the Triton models call; on
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -17,16 +17,14 @@ import torch
 
 from mtgr.bundle import load_bundle
 from mtgr.client.types import History, Integers, Recommendation, RecommendationRequest
-from mtgr.client.wire import encode
+from mtgr.door import LocalDoor
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
+from mtgr.engines.vllm_service import Call, ServiceConfig, VLLMService
 from mtgr.errors import ConfigurationError, UnavailableError
-from mtgr.features.extract import FeatureExtractor
-from mtgr.features.settings import feature_settings
 from mtgr.manifest import latest_version
 from mtgr.routing.readiness import artifact_problem
-from mtgr.routing.router import Router, RoutingConfig
-from mtgr.routing.settings import load_routing_config
+from mtgr.routing.router import RoutingConfig
 
 Optimization = Literal["auto", "baseline", "onnx", "tensorrt", "vllm"]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -38,7 +36,7 @@ class PipelineConfig:
 
     Attributes:
         model_repository: A repository that ``make export`` filled.
-        threads: Threads of PyTorch and of ONNX Runtime.
+        threads: Threads of PyTorch, of ONNX Runtime, and of vLLM on a CPU.
         routing: Settings of the router; the repository's own by default.
     """
 
@@ -50,7 +48,9 @@ class PipelineConfig:
 class OptimizedInferencePipeline:
     """Recommends and ranks in process.
 
-    Not thread-safe, and not to be called inside a running event loop's thread without ``asyncio.to_thread``.
+    Not thread-safe, and not to be called inside a running event loop's thread without ``asyncio.to_thread``. Engines
+    are loaded when first asked for. vLLM, which takes ten seconds to start and processes of its own, is started only by
+    a request that names it; from then on ``auto`` counts with it, until ``close``.
 
     Args:
         config: Settings.
@@ -63,11 +63,21 @@ class OptimizedInferencePipeline:
         self.config = config or PipelineConfig()
         torch.set_num_threads(self.config.threads)
         repository = Path(self.config.model_repository)
-        bundle = load_bundle(repository)
-        self._extractor = FeatureExtractor(bundle.schema, bundle.catalog, bundle.open_store(feature_settings()))
-        engines = _LocalEngines(repository, bundle.schema.hash, self.config.threads)
-        routing = self.config.routing or load_routing_config(repository)
-        self._router = Router(bundle.schema, bundle.catalog, engines, routing)
+        self._engines = _LocalEngines(repository, load_bundle(repository).schema.hash, self.config.threads)
+        self._door = LocalDoor(repository, self._engines, self.config.routing)
+
+    def __enter__(self) -> OptimizedInferencePipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End vLLM's processes, if they were started, and close the feature store."""
+        self._engines.close()
+        self._door.close()
 
     def infer_recommendations(
         self,
@@ -95,21 +105,12 @@ class OptimizedInferencePipeline:
             InvalidRequestError: If the request is wrong.
             UnavailableError: If the strategy cannot serve.
         """
-        start = time.perf_counter()
         request = RecommendationRequest(
             user_id, history, candidates, request_time, profile, strategy=use_optimization, top_k=top_k
         )
-        features = self._extractor.extract({tensor.name: tensor.data for tensor in encode(request)})
-        ranking = asyncio.run(self._router.route(features))
-        return Recommendation(
-            items=ranking.items,
-            scores=ranking.scores,
-            task_scores=ranking.task_scores,
-            strategy=ranking.strategy,
-            arm=ranking.arm,
-            labels=ranking.labels,
-            latency_ms=(time.perf_counter() - start) * 1e3,
-        )
+        if use_optimization == "vllm":
+            self._engines.start_vllm()
+        return asyncio.run(self._door.answer(request))
 
 
 class _LocalEngines:
@@ -120,17 +121,54 @@ class _LocalEngines:
         self._schema_hash = schema_hash
         self._threads = threads
         self._engines: dict[str, BaselineEngine | OnnxEngine] = {}
+        self._vllm: VLLMService | None = None
 
     def unready_reason(self, model: str) -> str | None:
         problem = artifact_problem(self._repository, model, self._schema_hash)
-        if problem is None and model.startswith(("mtgr_tensorrt", "mtgr_vllm")):
+        if problem is None and model.startswith("mtgr_tensorrt"):
             return f"{model} runs inside Triton only; start a server"
+        if problem is None and model == "mtgr_vllm":
+            return "it is not started before it is asked for by name" if self._vllm is None else self._vllm.failure
         return problem
 
+    def start_vllm(self) -> None:
+        """Start vLLM, unless it runs or is not exported, which the router will say.
+
+        Raises:
+            UnavailableError: If it does not start.
+        """
+        if self._vllm is not None or artifact_problem(self._repository, "mtgr_vllm", self._schema_hash) is not None:
+            return
+        version = latest_version(self._repository / "mtgr_vllm")
+        assert version is not None
+        try:
+            self._vllm = VLLMService(version, ServiceConfig(self._threads))
+        except ConfigurationError as error:
+            raise UnavailableError(f"strategy vllm: {error}") from error
+
+    def close(self) -> None:
+        service, self._vllm = self._vllm, None
+        if service is not None:
+            service.close()
+
     async def infer(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Arrays:
-        engine = self._engine(model)
-        answer = engine.infer(inputs, outputs) if isinstance(engine, OnnxEngine) else engine.infer(inputs)
+        if model == "mtgr_vllm":
+            answer = await self._ask_vllm(inputs)
+        else:
+            engine = self._engine(model)
+            answer = engine.infer(inputs, outputs) if isinstance(engine, OnnxEngine) else engine.infer(inputs)
         return {name: answer[name] for name in outputs}
+
+    async def _ask_vllm(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        if self._vllm is None:
+            raise UnavailableError("vLLM was closed")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Arrays | Exception] = loop.create_future()
+        self._vllm.submit(Call(inputs, lambda result: loop.call_soon_threadsafe(answer.set_result, result)))
+        result = await answer
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _engine(self, model: str) -> BaselineEngine | OnnxEngine:
         if model not in self._engines:

@@ -221,7 +221,10 @@ class VLLMRowEngine:
         return EngineStatistics(**self._counters, **gauges)
 
     def shutdown(self) -> None:
-        """End the engine's processes; requests in flight fail."""
+        """End the engine's processes, which takes seconds; requests in flight fail. From any thread."""
+        listener = self._engine.output_handler
+        if listener is not None:  # or it would report as an error that the processes ended
+            listener.get_loop().call_soon_threadsafe(listener.cancel)
         self._engine.shutdown()
 
     def _context(self, rows: Int32Array) -> tuple[Int32Array, Int32Array, str]:

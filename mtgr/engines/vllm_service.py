@@ -91,7 +91,7 @@ class Call:
     """
 
     inputs: Mapping[str, npt.NDArray[Any]]
-    respond: Callable[[Arrays | Exception], None]
+    respond: Callable[[Arrays | Exception], object]
     cancelled: Callable[[], bool] = lambda: False
     timeout: float | None = None
 

@@ -1,0 +1,58 @@
+"""The door in process: request to features to engines to result, with the very code that the Triton models call."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from mtgr.bundle import load_bundle
+from mtgr.client.types import Recommendation, RecommendationRequest
+from mtgr.client.wire import encode
+from mtgr.features.extract import FeatureExtractor
+from mtgr.features.settings import feature_settings
+from mtgr.routing.router import Engines, Router, RoutingConfig
+from mtgr.routing.settings import load_routing_config
+
+
+class LocalDoor:
+    """Answers requests with the engines it is given; any number at a time in one event loop.
+
+    Args:
+        model_repository: A repository that ``make export`` filled.
+        engines: How to reach engines.
+        routing: Settings of the router; the repository's own by default.
+
+    Raises:
+        ConfigurationError: If no checkpoint is installed in the model repository.
+    """
+
+    def __init__(self, model_repository: Path, engines: Engines, routing: RoutingConfig | None = None) -> None:
+        bundle = load_bundle(model_repository)
+        self.schema = bundle.schema
+        self._store = bundle.open_store(feature_settings())
+        self._extractor = FeatureExtractor(bundle.schema, bundle.catalog, self._store)
+        self._router = Router(bundle.schema, bundle.catalog, engines, routing or load_routing_config(model_repository))
+
+    async def answer(self, request: RecommendationRequest) -> Recommendation:
+        """Answer one request.
+
+        Raises:
+            InvalidRequestError: If the request is wrong.
+            UnavailableError: If the strategy cannot serve.
+        """
+        start = time.perf_counter()
+        features = self._extractor.extract({tensor.name: tensor.data for tensor in encode(request)})
+        ranking = await self._router.route(features)
+        return Recommendation(
+            items=ranking.items,
+            scores=ranking.scores,
+            task_scores=ranking.task_scores,
+            strategy=ranking.strategy,
+            arm=ranking.arm,
+            labels=ranking.labels,
+            latency_ms=(time.perf_counter() - start) * 1e3,
+        )
+
+    def close(self) -> None:
+        """Close the feature store."""
+        self._store.close()
