@@ -238,7 +238,7 @@ class VLLMRowEngine:
         # A static token's keys depend on all of U and S: blocks are shared only by requests that agree on them.
         salt = self._identity.copy()
         salt.update(static.to_bytes(4, "little"))
-        salt.update(np.ascontiguousarray(rows[:static]))
+        salt.update(np.ascontiguousarray(rows[:static]).data)
         return rows, visible, salt.hexdigest()
 
     def _check_width(self, name: str, rows: Int32Array) -> None:

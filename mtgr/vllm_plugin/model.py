@@ -31,6 +31,7 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
     """
 
     is_pooling_model = True
+    rows: Tensor
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -77,7 +78,8 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         types = rows[:, TYPE_COLUMN]
         step = self._step(rows, visible, types == TokenType.CANDIDATE)
         x = self._embed(rows, visible, step.is_candidate)
-        for index, (block, attention) in enumerate(zip(self.network.blocks, self.attention, strict=True)):
+        blocks: Iterable[tuple[Any, Any]] = zip(self.network.blocks, self.attention, strict=True)
+        for index, (block, attention) in enumerate(blocks):
             bias = None if step.bias is None else step.bias.for_layer(*self._bias_tables[index])
             x = _block(block, attention, x, types, step, bias)
         return _normalise(self.network.output_norm, x, types)
