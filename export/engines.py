@@ -11,7 +11,7 @@ from typing import Any
 
 from export.baseline import export_baseline
 from export.onnx import OPSET, export_onnx
-from export.vllm import export_vllm, vllm_problem, vllm_settings
+from export.vllm import export_vllm, is_checked, vllm_problem, vllm_settings
 from mtgr.checkpoint import Checkpoint
 from mtgr.manifest import Manifest
 from mtgr.routing.strategies import STRATEGIES
@@ -27,12 +27,14 @@ class Job:
         directory: Where it lies.
         model_repository: Where models go.
         vllm: Engine arguments other than the defaults.
+        check_vllm: Whether vLLM is started once to check what it answers.
     """
 
     checkpoint: Checkpoint
     directory: Path
     model_repository: Path
     vllm: Mapping[str, Any] = field(default_factory=dict)
+    check_vllm: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,24 @@ class Exporter:
     Attributes:
         strategy: Its name.
         stage: Makes and checks its models; they are installed when the stack closes.
-        problem: Why this machine cannot; None if it can.
-        details: What the manifests' details must say for the models not to be stale.
+        problem: Why this machine cannot export this checkpoint, a sentence; None if it can.
+        is_current: Whether a model of this checkpoint, template and versions is also what the job asks for.
     """
 
     strategy: str
     stage: Callable[[Job, ExitStack], list[Manifest]]
-    problem: Callable[[], str | None] = lambda: None
-    details: Callable[[Job], Mapping[str, Any]] = lambda job: {}
+    problem: Callable[[Job], str | None] = lambda job: None
+    is_current: Callable[[Job, Manifest], bool] = lambda job, manifest: True
 
     @property
     def models(self) -> tuple[str, ...]:
         """Its Triton models."""
         return STRATEGIES[self.strategy].models
+
+
+def _is_current_vllm(job: Job, manifest: Manifest) -> bool:
+    settings = vllm_settings(job.checkpoint, job.vllm).to_dict()
+    return manifest.details.get("settings") == settings and (is_checked(manifest) or not job.check_vllm)
 
 
 EXPORTERS: dict[str, Exporter] = {
@@ -64,9 +71,9 @@ EXPORTERS: dict[str, Exporter] = {
         Exporter("onnx", lambda job, stack: export_onnx(job.checkpoint, *_into(job, stack))),
         Exporter(
             "vllm",
-            lambda job, stack: [export_vllm(job.checkpoint, *_into(job, stack), job.vllm)],
-            vllm_problem,
-            lambda job: {"settings": vllm_settings(job.checkpoint, job.vllm).to_dict()},
+            lambda job, stack: [export_vllm(job.checkpoint, *_into(job, stack), job.vllm, job.check_vllm)],
+            lambda job: vllm_problem(job.checkpoint, job.vllm),
+            _is_current_vllm,
         ),
     )
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import string
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mtgr.bundle import DOOR_MODEL
@@ -27,8 +28,7 @@ def model_directory(name: str, model_repository: Path, checkpoint: Checkpoint) -
     Yields:
         The version directory to put the artifact into.
     """
-    # Staged inside the door's directory: the same file system, and Triton looks for versions only there.
-    with replaced_directory(model_repository / name, model_repository / DOOR_MODEL / "staging") as staging:
+    with replaced_directory(model_repository / name, _staging_root(model_repository)) as staging:
         version = staging / "1"
         version.mkdir()
         template = TEMPLATES / name
@@ -41,6 +41,23 @@ def model_directory(name: str, model_repository: Path, checkpoint: Checkpoint) -
         for source in template.glob("1/*.py"):
             (version / source.name).write_bytes(source.read_bytes())
         yield version
+
+
+@contextmanager
+def removed_model(name: str, model_repository: Path) -> Iterator[None]:
+    """Take the model ``name`` out of the repository, in one step, when the block ends without an error."""
+    yield
+    root = _staging_root(model_repository)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=root) as aside:
+        (model_repository / name).rename(Path(aside) / name)
+    with suppress(OSError):  # others may still grow there
+        root.rmdir()
+
+
+def _staging_root(model_repository: Path) -> Path:
+    """Inside the door's directory: the same file system, and Triton looks for versions only there."""
+    return model_repository / DOOR_MODEL / "staging"
 
 
 def template_hash(name: str) -> str:

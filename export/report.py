@@ -17,15 +17,15 @@ class Exported:
 
     Attributes:
         strategy: The strategy.
-        state: ``installed``, or why not.
-        manifest: Of a model that was made.
-        seconds: Time that the strategy's models took together.
+        state: What was done with the model, and why if it was not exported.
+        manifest: Of the model; None if there is none in the repository.
+        seconds: Time that the strategy's models took together; None where no time was spent, or on another line.
     """
 
     strategy: str
     state: str
     manifest: Manifest | None = None
-    seconds: float = 0.0
+    seconds: float | None = None
 
 
 def table(lines: Sequence[Exported], model_repository: Path) -> str:
@@ -39,24 +39,28 @@ def table(lines: Sequence[Exported], model_repository: Path) -> str:
 
 def _cells(line: Exported, model_repository: Path) -> tuple[str, ...]:
     manifest = line.manifest
-    if manifest is None:
-        return (line.strategy, "-", "-", "-", "-", "-", line.state)
+    described = ("-", "-", "-", "-")
+    if manifest is not None:
+        described = (
+            manifest.model,
+            manifest.precision,
+            _size(model_repository / manifest.model),
+            _error(manifest),
+        )
+    return (line.strategy, *described, "-" if line.seconds is None else f"{line.seconds:.1f}", line.state)
+
+
+def _error(manifest: Manifest) -> str:
+    if not manifest.parity:
+        return "reference"
     error = manifest.parity.get("max_abs_error")
-    return (
-        line.strategy,
-        manifest.model,
-        manifest.precision,
-        _size(model_repository / manifest.model),
-        "reference" if error is None else f"{error:.1e}",
-        f"{line.seconds:.1f}",
-        line.state,
-    )
+    return "not checked" if error is None else f"{error:.1e}"
 
 
 def _size(directory: Path) -> str:
     size = float(sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()))
     for unit in ("B", "kB", "MB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from export.install import model_directory, template_hash
-from export.rows import random_rows
-from mtgr.checkpoint import Checkpoint
-from mtgr.engines.vllm_rows import VLLMRowEngine
-from mtgr.engines.vllm_settings import SETTINGS_FILE, VLLMSettings, default_settings
+from export.vllm_check import MODEL, SHAPES, check_engine
+from mtgr.checkpoint import MODEL_FILE, Checkpoint
+from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, MAX_TOKENS, SETTINGS_FILE, VLLMSettings, default_settings
 from mtgr.errors import ConfigurationError
 from mtgr.files import write_json
 from mtgr.manifest import Manifest
-from mtgr.schema import FIRST_ID
-from mtgr.vllm_plugin import ARCHITECTURE, MODEL_TYPE
-from mtgr.vllm_plugin.versions import check_version, installed_version
+from mtgr.vllm_plugin import ARCHITECTURE, MODEL_TYPE, versions
 
-MODEL = "mtgr_vllm"
-TOLERANCE = 1e-5  # absolute, on probabilities and cosine similarities: another path in fp32
-
-# Context and candidates of the requests that every export is checked on, each without and with a cached context.
-SHAPES = ((1, 1), (7, 3), (64, 16), (130, 5), (200, 64), (512, 256))
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def vllm_problem() -> str | None:
-    """Why this machine cannot export the strategy; None if it can."""
+def vllm_problem(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> str | None:
+    """Why this machine cannot export the strategy for a checkpoint, one sentence; None if it can."""
     try:
-        check_version()
+        versions.check_version()
+        vllm_settings(checkpoint, changes)
     except ConfigurationError as error:
         return str(error)
     return None
@@ -48,15 +37,57 @@ def vllm_settings(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> VLLMSet
     """Settings for a checkpoint: defaults for its longest context, and what the user changes.
 
     Raises:
-        ConfigurationError: If a key is unknown, a value is wrong, or a request of full length does not fit.
+        ConfigurationError: If the network is of a kind that the plugin cannot serve, a key is unknown, a value is
+            wrong, or a request of full length does not fit.
     """
-    settings = VLLMSettings.from_dict(default_settings(checkpoint.schema).to_dict() | dict(changes))
-    if settings.max_model_len <= checkpoint.schema.max_context:
+    config, longest = checkpoint.config, checkpoint.schema.max_context
+    if config.dqk != config.dv:
+        raise ConfigurationError(
+            f"vllm: keys have {config.dqk} and values {config.dv} columns per head, but the plugin's pages hold equal "
+            "ones; train with dqk = dv, or export other engines with --engine."
+        )
+    if longest >= MAX_TOKENS:
+        raise ConfigurationError(
+            f"vllm: the longest context has {longest} tokens, but the plugin counts to {MAX_TOKENS}; train with a "
+            "shorter max_history, or export other engines with --engine."
+        )
+    if "model" in changes:
+        raise ConfigurationError("--vllm model: the export writes this folder itself; leave the option out.")
+    defaults = default_settings(checkpoint.schema, min(1024, MAX_TOKENS - longest))
+    settings = VLLMSettings.from_dict(defaults.to_dict() | dict(changes))
+    if settings.max_model_len <= longest:
         raise ConfigurationError(
             f"{SETTINGS_FILE}: max_model_len is {settings.max_model_len}; it must be above the longest context, "
-            f"{checkpoint.schema.max_context}, to leave room for candidates."
+            f"{longest}, to leave room for candidates."
         )
+    _check_memory(checkpoint, settings)
     return settings
+
+
+def _check_memory(checkpoint: Checkpoint, settings: VLLMSettings) -> None:
+    """See that a request of full length finds pages: vLLM would let it wait for ever, or not start."""
+    pages = settings.max_pages
+    if settings.num_gpu_blocks_override is not None:
+        if settings.num_gpu_blocks_override < pages:
+            raise ConfigurationError(
+                f"{SETTINGS_FILE}: num_gpu_blocks_override is {settings.num_gpu_blocks_override}; a request of "
+                f"max_model_len {settings.max_model_len} takes {pages} pages, so raise the one or lower the other."
+            )
+        return
+    memory = settings.kv_cache_memory_bytes
+    if memory is None and not torch.cuda.is_available():
+        memory = CPU_CACHE_BYTES
+    config = checkpoint.config
+    width = 4 if precision(settings) == "fp32" else 2
+    token = config.num_layers * config.num_heads * (config.dqk + config.dv) * width
+    if config.relative_bias:
+        token += 8  # its time, twice
+    needed = pages * settings.block_size * token
+    if memory is not None and memory < needed:
+        raise ConfigurationError(
+            f"{SETTINGS_FILE}: kv_cache_memory_bytes is {memory}; a request of max_model_len "
+            f"{settings.max_model_len} takes {needed}, so raise the one or lower the other."
+        )
 
 
 def parse_settings(options: Sequence[str]) -> dict[str, Any]:
@@ -82,6 +113,7 @@ def export_vllm(
     model_repository: Path,
     stack: ExitStack,
     changes: Mapping[str, Any] | None = None,
+    check: bool = True,
     seed: int = 0,
 ) -> Manifest:
     """Stage ``mtgr_vllm`` and check it in an engine of its own.
@@ -91,32 +123,31 @@ def export_vllm(
         model_repository: Where the model goes.
         stack: Installs it when it closes without an error, together with whatever else it holds.
         changes: Settings other than the defaults.
+        check: Whether to start an engine and compare its answers with PyTorch's.
         seed: Of the rows that the engine is checked on.
 
     Raises:
         ConfigurationError: If vLLM is missing, a setting is wrong, the network is of a kind that the plugin cannot
             serve, or the engine misses the tolerance; what was installed before stays.
     """
-    check_version()
+    versions.check_version()
     settings = vllm_settings(checkpoint, changes or {})
-    config = checkpoint.config
-    if config.dqk != config.dv:
-        raise ConfigurationError(
-            f"vllm: keys have {config.dqk} and values {config.dv} columns per head, but the plugin's pages hold equal "
-            "ones; train with dqk = dv, or export with --engine for the others."
-        )
     version = stack.enter_context(model_directory(MODEL, model_repository, checkpoint))
     write_folder(checkpoint, version / settings.model)
     settings.save(version / SETTINGS_FILE)
-    error = check_engine(checkpoint, version, settings, seed)
+    parity: dict[str, Any] = {"checked": check}
+    if check:
+        print(" starting vLLM to check it ...", end="", flush=True)
+        error = check_engine(checkpoint, version, settings, seed)
+        parity |= {"max_abs_error": error, "precision": "fp32", "shapes": [list(shape) for shape in SHAPES]}
     manifest = Manifest(
         model=MODEL,
         checkpoint=checkpoint.hash,
         schema=checkpoint.schema.hash,
         precision=precision(settings),
-        versions={"torch": torch.__version__, "vllm": installed_version() or ""},
+        versions={"torch": torch.__version__, "vllm": versions.installed_version() or ""},
         shapes={"context": ["int32", -1, -1, checkpoint.schema.width]},
-        parity={"max_abs_error": error, "precision": "fp32", "shapes": [list(shape) for shape in SHAPES]},
+        parity=parity,
         details={
             "retrieve_count": checkpoint.model.retrieve_count,
             "settings": settings.to_dict(),
@@ -125,6 +156,11 @@ def export_vllm(
     )
     manifest.save(version)
     return manifest
+
+
+def is_checked(manifest: Manifest) -> bool:
+    """Whether the export compared an engine's answers with PyTorch's."""
+    return manifest.parity.get("checked") is True
 
 
 def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
@@ -138,68 +174,10 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
     }
     write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "mtgr": described})
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / MODEL_FILE)
+    (folder / MODEL_FILE).chmod(0o644)  # safetensors writes for the owner alone; a server may run as someone else
 
 
 def precision(settings: VLLMSettings) -> str:
-    """Of weights and activations, in the manifests' words."""
-    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    return names.get(settings.dtype, "bf16" if torch.cuda.is_available() else "fp32")
-
-
-def check_engine(checkpoint: Checkpoint, version: Path, settings: VLLMSettings, seed: int) -> float:
-    """Largest absolute error of an engine in fp32 with a small cache, over ``SHAPES``, cold and cached.
-
-    Raises:
-        ConfigurationError: If it is above the tolerance, or the engine does not start.
-    """
-    pages = 2 * -(-settings.max_model_len // settings.block_size) + 1
-    small = dataclasses.replace(settings, dtype="float32", num_gpu_blocks_override=pages)
-    with tempfile.TemporaryDirectory() as directory:
-        trial = Path(directory)
-        (trial / settings.model).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(version / settings.model, trial / settings.model, copy_function=_link)
-        small.save(trial / SETTINGS_FILE)
-        return asyncio.run(_check(checkpoint, trial, seed))
-
-
-async def _check(checkpoint: Checkpoint, trial: Path, seed: int) -> float:
-    engine = await VLLMRowEngine.start(trial)
-    try:
-        generator = np.random.default_rng(seed)
-        worst = 0.0
-        for length, candidates in SHAPES:
-            tokens = min(length, checkpoint.schema.max_context)
-            rows = random_rows(checkpoint.schema, checkpoint.catalog, 1, tokens, candidates, generator)
-            for state in ("cold", "cached"):
-                error = await _error(engine, checkpoint, *rows)
-                if not error <= TOLERANCE:
-                    raise ConfigurationError(
-                        f"{MODEL} ({state}) differs from PyTorch by {error:.1e} at {tokens} x {candidates} tokens, "
-                        f"more than {TOLERANCE:.0e}; it was not installed."
-                    )
-                worst = max(worst, error)
-        return worst
-    finally:
-        engine.shutdown()
-
-
-async def _error(engine: VLLMRowEngine, checkpoint: Checkpoint, context: torch.Tensor, rows: torch.Tensor) -> float:
-    """Largest difference of task scores, and of the similarities of what is retrieved."""
-    with torch.inference_mode():
-        expected = checkpoint.model(context, rows)[0].numpy()
-        logits = checkpoint.model.next_item_logits(context)[0].numpy()
-        wanted = checkpoint.model.retrieve(context)[1][0].numpy()
-    scores = await engine.rank(context[0].numpy(), rows[0].numpy())
-    items, similarities = await engine.retrieve(context[0].numpy())
-    if scores.shape != expected.shape or similarities.shape != wanted.shape or len(np.unique(items)) != len(items):
-        return float("inf")
-    # Items of almost equal score may change places; the similarity of what stands at a place may not differ.
-    found = logits[items.astype(np.int64) - FIRST_ID]
-    retrieved = max(np.abs(found - wanted).max(), np.abs(similarities - wanted).max())
-    return float(max(np.abs(scores - expected).max(), checkpoint.config.temperature * retrieved))
-
-
-def _link(source: str, target: str) -> None:
-    """Instead of a copy of the weights."""
-    Path(target).symlink_to(Path(source).resolve())
+    """Of weights and activations on this machine, in the manifests' words."""
+    return _PRECISIONS.get(settings.dtype, "bf16" if torch.cuda.is_available() else "fp32")

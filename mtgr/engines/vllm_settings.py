@@ -17,6 +17,7 @@ SETTINGS_FILE = "model.json"
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 BLOCK_SIZES = (16, 32, 64, 128)
+MAX_TOKENS = (1 << 16) - 1  # a token says in two bytes how many others it sees
 CPU_CACHE_BYTES = 1 << 30  # for pages on a CPU where the settings do not say
 
 
@@ -72,13 +73,22 @@ class VLLMSettings:
         number = isinstance(part, int | float) and not isinstance(part, bool) and math.isfinite(part)
         self._check("gpu_memory_utilization", number and 0 < part <= 1, "above 0 and at most 1")
         self._check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        self._check("block_size", self.block_size in BLOCK_SIZES, f"one of {', '.join(map(str, BLOCK_SIZES))}")
+        pages = _positive(self.block_size) and self.block_size in BLOCK_SIZES
+        self._check("block_size", pages, f"one of {', '.join(map(str, BLOCK_SIZES))}")
         folder = isinstance(self.model, str) and self.model != ""
         self._check("model", folder and not Path(self.model).is_absolute(), "a folder relative to model.json")
         self._check(
-            "tensor_parallel_size", self.tensor_parallel_size == 1, "1: the plugin does not split a model over GPUs yet"
+            "tensor_parallel_size",
+            _positive(self.tensor_parallel_size) and self.tensor_parallel_size == 1,
+            "1: the plugin does not split a model over GPUs yet",
         )
         self._check("quantization", self.quantization is None, "null: the plugin has no quantised layers yet")
+        self._check("max_model_len", self.max_model_len <= MAX_TOKENS, f"at most {MAX_TOKENS}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigurationError(
+                f"{SETTINGS_FILE}: max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
+                f"{self.max_num_seqs}; raise the one or lower the other."
+            )
         if self.max_num_batched_tokens < self.max_model_len:
             raise ConfigurationError(
                 f"{SETTINGS_FILE}: max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_model_len "
@@ -88,6 +98,11 @@ class VLLMSettings:
     def _check(self, name: str, good: bool, allowed: str) -> None:
         if not good:
             raise ConfigurationError(f"{SETTINGS_FILE}: {name} is {getattr(self, name)!r}; it must be {allowed}.")
+
+    @property
+    def max_pages(self) -> int:
+        """Pages that a request of full length needs; one page of the cache is vLLM's own."""
+        return -(-self.max_model_len // self.block_size) + 1
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""

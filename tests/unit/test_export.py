@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -56,9 +57,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make_checkpoint(directory: Path, seed: int = 0) -> Path:
+def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Path:
     """A checkpoint as training leaves it, feature store included."""
-    config = small_config(max_positions=1024)
+    config = small_config(max_positions=1024, **overrides)
     model = spread_model(config, SCHEMA, CATALOG, seed)
     directory.mkdir()
     save_checkpoint(Checkpoint(model, config, SCHEMA, CATALOG), directory)
