@@ -10,8 +10,8 @@ from mtgr.client.types import Recommendation, RecommendationRequest
 from mtgr.client.wire import encode
 from mtgr.features.extract import FeatureExtractor
 from mtgr.features.settings import feature_settings
-from mtgr.routing.router import Engines, Router, RoutingConfig
-from mtgr.routing.settings import load_routing_config
+from mtgr.routing.policy import Policy
+from mtgr.routing.router import Engines, Router
 
 
 class LocalDoor:
@@ -20,18 +20,18 @@ class LocalDoor:
     Args:
         model_repository: A repository that ``make export`` filled.
         engines: How to reach engines.
-        routing: Settings of the router; the repository's own by default.
+        policy: Settings of the router; the profile ``prod`` by default.
 
     Raises:
         ConfigurationError: If no checkpoint is installed in the model repository.
     """
 
-    def __init__(self, model_repository: Path, engines: Engines, routing: RoutingConfig | None = None) -> None:
+    def __init__(self, model_repository: Path, engines: Engines, policy: Policy | None = None) -> None:
         bundle = load_bundle(model_repository)
         self.schema = bundle.schema
         self._store = bundle.open_store(feature_settings())
         self._extractor = FeatureExtractor(bundle.schema, bundle.catalog, self._store)
-        self._router = Router(bundle.schema, bundle.catalog, engines, routing or load_routing_config(model_repository))
+        self._router = Router(bundle.schema, bundle.catalog, engines, policy)
 
     async def answer(self, request: RecommendationRequest) -> Recommendation:
         """Answer one request.

@@ -23,8 +23,8 @@ from mtgr.engines.onnx import OnnxEngine
 from mtgr.engines.vllm_service import Call, ServiceConfig, VLLMService
 from mtgr.errors import ConfigurationError, UnavailableError
 from mtgr.manifest import latest_version
+from mtgr.routing.policy import Policy
 from mtgr.routing.readiness import artifact_problem
-from mtgr.routing.router import RoutingConfig
 
 Optimization = Literal["auto", "baseline", "onnx", "tensorrt", "vllm"]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -37,12 +37,12 @@ class PipelineConfig:
     Attributes:
         model_repository: A repository that ``make export`` filled.
         threads: Threads of PyTorch, of ONNX Runtime, and of vLLM on a CPU.
-        routing: Settings of the router; the repository's own by default.
+        policy: Settings of the router; the profile ``prod`` by default.
     """
 
     model_repository: Path | str = "model_repository"
     threads: int = 1
-    routing: RoutingConfig | None = None
+    policy: Policy | None = None
 
 
 class OptimizedInferencePipeline:
@@ -64,7 +64,7 @@ class OptimizedInferencePipeline:
         torch.set_num_threads(self.config.threads)
         repository = Path(self.config.model_repository)
         self._engines = _LocalEngines(repository, load_bundle(repository).schema.hash, self.config.threads)
-        self._door = LocalDoor(repository, self._engines, self.config.routing)
+        self._door = LocalDoor(repository, self._engines, self.config.policy)
 
     def __enter__(self) -> OptimizedInferencePipeline:
         return self

@@ -63,6 +63,7 @@ class GrpcTransport:
             result = self._client.infer(
                 self._settings.model,
                 inputs,
+                timeout=microseconds(timeout),
                 client_timeout=timeout,
                 compression_algorithm=self._settings.compression,
             )
@@ -102,6 +103,7 @@ class AsyncGrpcTransport:
             result = await self._connected().infer(
                 self._settings.model,
                 inputs,
+                timeout=microseconds(timeout),
                 client_timeout=timeout,
                 compression_algorithm=self._settings.compression,
             )
@@ -142,6 +144,7 @@ class HttpTransport:
             result = client.infer(
                 self._settings.model,
                 inputs,
+                timeout=microseconds(timeout),
                 request_compression_algorithm=compression,
                 response_compression_algorithm=compression,
             )
@@ -214,6 +217,7 @@ class AsyncHttpTransport:
             result = await client.infer(
                 self._settings.model,
                 inputs,
+                timeout=microseconds(timeout),
                 request_compression_algorithm=compression,
                 response_compression_algorithm=compression,
             )
@@ -255,3 +259,8 @@ class AsyncHttpTransport:
 
 def _milliseconds_since(started: float) -> float:
     return (time.perf_counter() - started) * 1e3
+
+
+def microseconds(timeout: float) -> int:
+    """A time limit for the server, which stops working for a caller who is gone."""
+    return max(1, round(timeout * 1e6))

@@ -18,8 +18,8 @@ from mtgr.door import LocalDoor
 from mtgr.engines.vllm_rows import EngineStatistics, VLLMRowEngine
 from mtgr.errors import InvalidRequestError, UnavailableError
 from mtgr.manifest import latest_version
+from mtgr.routing.policy import Policy
 from mtgr.routing.readiness import artifact_problem
-from mtgr.routing.router import RoutingConfig
 
 MODEL = "mtgr_vllm"
 Arrays = dict[str, npt.NDArray[Any]]
@@ -34,13 +34,13 @@ class VLLMEngineConfig:
         model_repository: A repository into which ``make vllm export`` put ``mtgr_vllm``.
         threads: Threads of the engine on a CPU.
         timeout: Seconds for one call of the engine.
-        routing: Settings of retrieval and ranking; the repository's own by default.
+        policy: Settings of the router; the profile ``prod`` by default.
     """
 
     model_repository: Path | str = "model_repository"
     threads: int = 1
     timeout: float = 8.0
-    routing: RoutingConfig | None = None
+    policy: Policy | None = None
 
 
 class VLLMEngine:
@@ -59,7 +59,7 @@ class VLLMEngine:
         self.config = config or VLLMEngineConfig()
         self._repository = Path(self.config.model_repository)
         self._engines = _RowEngines(self.config.timeout)
-        self._door = LocalDoor(self._repository, self._engines, self.config.routing)
+        self._door = LocalDoor(self._repository, self._engines, self.config.policy)
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:

@@ -16,12 +16,13 @@ from mtgr.features.catalog import ItemCatalog
 from mtgr.features.context import context_rows
 from mtgr.features.request import Request, Tensors, parse_request
 from mtgr.features.store import UserRecord, UserSource
+from mtgr.routing.experiment import DEFAULT_ARM
+from mtgr.routing.strategies import AUTO
 from mtgr.schema import Schema
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
-DEFAULT_ARM = "default"
 COLD_START = "cold_start"
 STALE_FEATURES = "stale_features"
 FEATURES_UNAVAILABLE = "features_unavailable"
@@ -41,6 +42,9 @@ class Features:
         labels: What the caller should know about the answer: ``cold_start`` (the user has no events),
             ``stale_features`` (the store is down, these are features of an earlier moment), or
             ``features_unavailable`` (it is down, and the features are what the request brought along).
+        deadline_ms: Unix milliseconds until which the answer is of use; 0 for ever.
+        request_id: The caller's name of the request, for logs; may be empty.
+        trace: The caller's trace context (W3C traceparent); may be empty.
     """
 
     context: Int32Array
@@ -50,18 +54,22 @@ class Features:
     top_k: int
     arm: str = DEFAULT_ARM
     labels: tuple[str, ...] = ()
+    deadline_ms: int = 0
+    request_id: str = ""
+    trace: str = ""
 
     def plan(self) -> bytes:
         """All but the arrays, as JSON: one tensor costs a hop between processes less than four."""
-        return json.dumps([self.strategy, self.top_k, self.arm, self.labels]).encode()
+        values = (self.strategy, self.top_k, self.arm, self.labels, self.deadline_ms, self.request_id, self.trace)
+        return json.dumps(values).encode()
 
     @classmethod
     def from_plan(
         cls, context: Int32Array, candidate_state: Int32Array, candidates: Int64Array, plan: bytes
     ) -> Features:
         """Put arrays and ``plan`` together again."""
-        strategy, top_k, arm, labels = json.loads(plan)
-        return cls(context, candidate_state, candidates, strategy, top_k, arm, tuple(labels))
+        strategy, top_k, arm, labels, *rest = json.loads(plan)
+        return cls(context, candidate_state, candidates, strategy, top_k, arm, tuple(labels), *rest)
 
 
 class FeatureExtractor:
@@ -72,6 +80,9 @@ class FeatureExtractor:
         catalog: The items.
         store: Where users come from.
         clock: Gives unix seconds.
+
+    Attributes:
+        arm: Gives the arm of a user whose request leaves the strategy open; it may be exchanged while serving.
     """
 
     def __init__(
@@ -85,6 +96,7 @@ class FeatureExtractor:
         self.catalog = catalog
         self.store = store
         self.clock = clock
+        self.arm: Callable[[str], str] = lambda user_id: DEFAULT_ARM
         self._profile_names = frozenset(field.name for field in schema.profile)
 
     def extract(self, tensors: Tensors) -> Features:
@@ -109,6 +121,8 @@ class FeatureExtractor:
             candidates=np.empty(0, dtype=np.int64) if request.candidates is None else request.candidates,
             strategy=request.strategy,
             top_k=request.top_k or 0,
+            # Who asks for an engine by name takes part in no experiment.
+            arm=self.arm(request.user_id) if request.strategy == AUTO else DEFAULT_ARM,
             labels=labels if len(items) else (*labels, COLD_START),
         )
 

@@ -1,14 +1,13 @@
-"""What feature extraction counts, as Prometheus counters and gauges."""
+"""What feature extraction counts, as Prometheus time series."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from mtgr.features.cache import CacheStatistics
-from mtgr.metrics import MetricSpec
+from mtgr.metrics import MetricRegistry, MetricSpec, stage_seconds
 
+_LABELS = "mtgr_features_labels_total"
 _CACHE = (
     ("hits", MetricSpec("mtgr_features_cache_hits_total", "Users answered out of the feature cache")),
     ("negative_hits", MetricSpec("mtgr_features_cache_negative_hits_total", "Hits that say a user is not known")),
@@ -25,29 +24,27 @@ _CACHE = (
 )
 
 
-@dataclass
 class FeatureMetrics:
-    """Turns growing statistics into what is to be added to counters and set on gauges.
+    """Collects what happens, and what the cache counts, for a reporter."""
 
-    Attributes:
-        labels: Answers by label, counted by whoever serves them.
-    """
-
-    labels: Counter[str] = field(default_factory=Counter)
-    _seen: dict[MetricSpec, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._registry = MetricRegistry()
 
     def count(self, labels: Iterable[str]) -> None:
         """Count one answer with its labels."""
-        self.labels.update(labels)
+        for label in labels:
+            self._registry.increment(MetricSpec(_LABELS, "Answers by label", labels=(("label", label),)))
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Observe how long a request spent in a stage, ``features`` or ``cache``."""
+        self._registry.observe(stage_seconds(name), seconds)
 
     def changes(self, statistics: CacheStatistics) -> list[tuple[MetricSpec, float]]:
-        """Every time series with what to add since the last call, or, of a gauge, its value."""
-        values = [(spec, float(getattr(statistics, name))) for name, spec in _CACHE]
-        for label, count in list(self.labels.items()):
-            spec = MetricSpec("mtgr_features_labels_total", "Answers by label", labels=(("label", label),))
-            values.append((spec, float(count)))
-        changes = []
-        for spec, value in values:
-            changes.append((spec, value - self._seen.get(spec, 0.0) if spec.counter else value))
-            self._seen[spec] = value
-        return changes
+        """What to add to each counter since the last call, every gauge's value, and each observation."""
+        for name, spec in _CACHE:
+            value = float(getattr(statistics, name))
+            if spec.counter:
+                self._registry.advance(spec, value)
+            else:
+                self._registry.set(spec, value)
+        return self._registry.changes()

@@ -17,6 +17,9 @@ from mtgr.routing.reasons import Reason, RefusedError, reason_of
 
 Clock = Callable[[], float]
 
+_RECOVERY_SECONDS = 30.0  # until an expectation that was wrong is forgotten
+_LEAST_TRUST = 0.3
+
 
 @dataclass(frozen=True)
 class AdmissionConfig:
@@ -27,21 +30,21 @@ class AdmissionConfig:
         max_queue: Most requests that wait.
         shedding: Whether requests are refused that could not be answered in time, and the limit follows what service
             takes; otherwise only the two bounds above hold.
-        initial_limit: Requests that run at a time before anything is known of how long they take.
-        min_limit: The limit never falls below this.
+        min_limit: Requests that may run at a time at first; the limit never falls below this.
         service_share: Part of the usual time limit that service may take before fewer run at a time.
         safety: Part of the time left that expected waiting and service together may fill.
+        max_wait: Seconds of expected waiting that a queue may stand at; a burst may wait longer, till its deadlines.
         half_life: Seconds after which a measurement counts half.
     """
 
     max_concurrent: int = 256
     max_queue: int = 1024
     shedding: bool = True
-    initial_limit: int = 16
     min_limit: int = 4
     service_share: float = 0.5
-    safety: float = 0.8
-    half_life: float = 2.0
+    safety: float = 0.7
+    max_wait: float = 1.0
+    half_life: float = 0.5
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -49,23 +52,24 @@ class AdmissionConfig:
         Raises:
             ConfigurationError: If a value is out of range.
         """
-        for name, least in (("max_concurrent", 1), ("max_queue", 0), ("initial_limit", 1), ("min_limit", 1)):
+        for name, least in (("max_concurrent", 1), ("max_queue", 0), ("min_limit", 1)):
             if getattr(self, name) < least:
                 raise ConfigurationError(f"admission: {name} is {getattr(self, name)}; it must be at least {least}.")
         for name in ("service_share", "safety"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigurationError(f"admission: {name} is {getattr(self, name)}; it must be above 0, at most 1.")
-        if not self.half_life > 0:
-            raise ConfigurationError(f"admission: half_life is {self.half_life}; it must be positive.")
+        for name in ("max_wait", "half_life"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"admission: {name} is {getattr(self, name)}; it must be positive.")
 
 
 class Admission:
     """Lets requests run in the order of their arrival; for one event loop.
 
-    How many run at a time follows how long they take: one more after each that is quick, a quarter fewer after one that
-    takes more than its share of the usual time limit (additive increase, multiplicative decrease). Who finds no place
-    waits, unless the requests ahead, at the rate at which places were freed of late, would take longer than the
-    request's deadline allows.
+    How many run at a time follows how long they take: step by step more while they are quick, a quarter fewer after one
+    that takes more than its share of the usual time limit (additive increase, multiplicative decrease). Who finds no
+    place waits, unless those ahead will take longer than the request's deadline allows, by Little's law: where N at a
+    time take T seconds each, one leaves every T / N seconds.
 
     Args:
         name: What is admitted to, for messages.
@@ -88,13 +92,14 @@ class Admission:
         self.draining = False
         self._clock = clock
         self._queue: OrderedDict[asyncio.Future[None], Deadline] = OrderedDict()
-        self._limit = float(min(self.config.initial_limit, self.config.max_concurrent))
-        self._probing = True  # the limit doubles until service gets slow for the first time
+        self._queued_since = math.inf
+        self._limit = float(min(self.config.min_limit, self.config.max_concurrent))
         self._decreased = -math.inf
         self._usual_seconds = math.inf
         self._service = MovingAverage(self.config.half_life, clock)
-        self._rate = _Rate(self.config.half_life)
-        self._full_since = math.nan
+        self._company = MovingAverage(self.config.half_life, clock)
+        self._trust = _Trust(clock)
+        self._area, self._area_until = 0.0, clock()  # running requests, integrated over time
 
     @property
     def waiting(self) -> int:
@@ -104,7 +109,8 @@ class Admission:
     @property
     def limit(self) -> int:
         """Requests that may run at a time, as of now."""
-        return int(self._limit) if self.config.shedding else self.config.max_concurrent
+        most = self.config.max_concurrent
+        return min(int(self._limit), most) if self.config.shedding else most
 
     @property
     def idle(self) -> bool:
@@ -130,12 +136,13 @@ class Admission:
             RequestTimeoutError: If the deadline passed, here or before.
         """
         arrived = self._clock()
-        self._enter_or_refuse(deadline)
-        if self._queue or self.running >= self.limit:
+        self._refuse_the_hopeless(deadline)
+        queued = self.running >= self.limit
+        if queued:
             await self._wait(deadline)
         else:
             self._start()
-        started = self._clock()
+        started, area = self._clock(), self._area
         error: BaseException | None = None
         try:
             yield started - arrived
@@ -143,9 +150,32 @@ class Admission:
             error = raised
             raise
         finally:
-            self._leave(started, error)
+            full = self.running >= self.limit
+            self._count(-1)
+            late = error is not None and reason_of(error) in (Reason.DEADLINE, Reason.TIMED_OUT)
+            if error is None or late:  # of what ended early the time says nothing
+                self._measure(started, area)
+                self._adapt(started, late, full)
+                if queued and late:
+                    self._trust.lower(started)
+            self._fill()
 
-    def _enter_or_refuse(self, deadline: Deadline) -> None:
+    def expected_seconds(self) -> float:
+        """How long a request that came now would wait and be served; 0 while nothing is known."""
+        ahead = (self.running + len(self._queue) + 1) * self._interval()
+        return max(ahead, self.expected_wait() + (self._service.mean or 0.0))
+
+    def expected_wait(self) -> float:
+        """How long a request that came now would wait; 0 while nothing is known."""
+        return len(self._queue) * self._interval()
+
+    def _interval(self) -> float:
+        """Seconds from one request that leaves to the next."""
+        service, company = self._service.mean or 0.0, max(self._company.mean or 1.0, 1.0)
+        # What more company costs is not known before it is there: halfway between nothing and as much as others cost.
+        return service / math.sqrt(company * max(company, self.limit))
+
+    def _refuse_the_hopeless(self, deadline: Deadline) -> None:
         if self.draining:
             raise self._refusal(f"{self.name}: the server is about to stop; ask another one.", Reason.DRAINING)
         remaining = deadline.remaining()
@@ -163,19 +193,16 @@ class Admission:
             raise self._refusal(
                 f"{self.name}: {len(self._queue)} requests wait, as many as may; try again later.", Reason.OVERLOADED
             )
-        expected = self.expected_seconds()
-        if self.config.shedding and expected > remaining * self.config.safety:
+        if not self.config.shedding:
+            return
+        expected, most = self.expected_seconds(), remaining * self.config.safety * self._trust.value
+        stands = self._clock() - self._queued_since > self.config.max_wait
+        if expected > most or (stands and self.expected_wait() > self.config.max_wait):
             raise self._refusal(
                 f"{self.name}: an answer would take about {expected:.2g} s behind {len(self._queue)} others, and the "
                 f"request allows {remaining:.2g} s; try again later.",
                 Reason.OVERLOADED,
             )
-
-    def expected_seconds(self) -> float:
-        """How long a request that came now would wait and be served; 0 while nothing is known."""
-        service = self._service.mean or 0.0
-        rate = self._rate.per_second(self.limit / service if service else math.inf)
-        return (len(self._queue) + 1) / rate + service
 
     def _refusal(self, message: str, reason: Reason) -> RefusedError:
         self.refused[reason] += 1
@@ -183,6 +210,8 @@ class Admission:
 
     async def _wait(self, deadline: Deadline) -> None:
         place = asyncio.get_running_loop().create_future()
+        if not self._queue:
+            self._queued_since = self._clock()
         self._queue[place] = deadline
         remaining = deadline.remaining()
         try:
@@ -190,70 +219,72 @@ class Admission:
                 await place
         except BaseException as error:
             self._queue.pop(place, None)
-            if place.done() and not place.cancelled():
-                self.running -= 1  # it was given a place in the same moment
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self._count(-1)  # it was given a place in the same moment
                 self._fill()
-            self.refused[reason_of(error)] += 1
             if isinstance(error, TimeoutError):
+                self.refused[Reason.DEADLINE] += 1
                 raise RequestTimeoutError(
                     f"the request's time limit ran out while it waited for {self.name}; allow more time."
                 ) from error
+            self.refused[reason_of(error)] += 1
             raise
-
-    def _start(self) -> None:
-        self.running += 1
-        self.admitted += 1
-        if self.running >= self.limit and math.isnan(self._full_since):
-            self._full_since = self._clock()
-
-    def _leave(self, started: float, error: BaseException | None) -> None:
-        now = self._clock()
-        full = not math.isnan(self._full_since)
-        if full:
-            self._rate.add(now - self._full_since)
-            self._full_since = now
-        self.running -= 1
-        late = error is not None and reason_of(error) in (Reason.DEADLINE, Reason.TIMED_OUT)
-        if error is None or late:  # of what ended early the time says nothing
-            self._service.add(now - started)
-            self._adapt(started, late or now - started > self.config.service_share * self._usual_seconds, full)
-        self._fill()
-        if self.running < self.limit:
-            self._full_since = math.nan
 
     def _fill(self) -> None:
         while self._queue and self.running < self.limit:
             place, deadline = self._queue.popitem(last=False)
-            if not place.done() and not deadline.expired:
-                self._start()
-                place.set_result(None)
+            if place.done():
+                continue
+            if self.config.shedding and (self.running + 1) * self._interval() > deadline.remaining():
+                # It was let wait when less was known; its place helps another one.
+                text = f"{self.name}: the request has waited for too long to be answered in time; try again later."
+                place.set_exception(RefusedError(text, Reason.OVERLOADED))
+                continue
+            self._start()
+            place.set_result(None)
+        if not self._queue:
+            self._queued_since = math.inf
 
-    def _adapt(self, started: float, slow: bool, full: bool) -> None:
-        if slow:
+    def _start(self) -> None:
+        self._count(1)
+        self.admitted += 1
+
+    def _count(self, change: int) -> None:
+        now = self._clock()
+        self._area += self.running * (now - self._area_until)
+        self._area_until = now
+        self.running += change
+
+    def _measure(self, started: float, area: float) -> None:
+        seconds = self._clock() - started
+        self._service.add(seconds)
+        self._company.add((self._area - area) / seconds if seconds > 0 else 1.0)
+
+    def _adapt(self, started: float, late: bool, full: bool) -> None:
+        now = self._clock()
+        if late or now - started > self.config.service_share * self._usual_seconds:
             # Once for all that ran together: only what began under the present limit speaks against it.
             if started >= self._decreased:
-                self._limit = max(self._limit * 0.75, self.config.min_limit)
-                self._decreased = self._clock()
-            self._probing = False
+                self._limit = max(self._limit * 0.75, min(self.config.min_limit, self.config.max_concurrent))
+                self._decreased = now
         elif full:
-            step = 1.0 if self._probing else 1 / math.sqrt(self._limit)
-            self._limit = min(self._limit + step, self.config.max_concurrent)
+            self._limit = min(self._limit + 1 / math.sqrt(self._limit), self.config.max_concurrent)
 
 
-class _Rate:
-    """Events per second of the time that is counted, old ones less and less."""
+class _Trust:
+    """How far expectations are to be trusted, up to 1: less after one that was wrong, slowly more again."""
 
-    def __init__(self, half_life: float) -> None:
-        self._half_life = half_life
-        self._events = 0.0
-        self._seconds = 0.0
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._value, self._since = 1.0, clock()
 
-    def add(self, seconds: float) -> None:
-        """Count one event, so many seconds after the one before."""
-        decay: float = 0.5 ** (seconds / self._half_life)
-        self._events = self._events * decay + 1.0
-        self._seconds = self._seconds * decay + seconds
+    @property
+    def value(self) -> float:
+        """As of now."""
+        recovered = (self._clock() - self._since) / _RECOVERY_SECONDS
+        return self._value + (1.0 - self._value) * min(recovered, 1.0)
 
-    def per_second(self, guess: float, weight: float = 4.0) -> float:
-        """The rate; ``guess`` counts as so many events."""
-        return (self._events + weight) / (self._seconds + weight / guess) if guess else 0.0
+    def lower(self, started: float) -> None:
+        """After a request that came too late, once for all that were let in before."""
+        if started >= self._since:
+            self._value, self._since = max(self.value * 0.8, _LEAST_TRUST), self._clock()

@@ -16,8 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mtgr.errors import UnavailableError
-
 Arrays = dict[str, npt.NDArray[Any]]
 _Key = tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]
 
@@ -53,7 +51,6 @@ class ShapeBatcher:
         max_batch: Most calls in a batch.
         max_running: Batches given to a model at a time: as many as it has instances.
         max_tokens: Most tokens in a batch, which bounds an engine's memory; a longer call goes alone.
-        timeout: Seconds for one batch, counted from when the engine gets it.
     """
 
     def __init__(
@@ -62,13 +59,11 @@ class ShapeBatcher:
         max_batch: int = 32,
         max_running: int = 1,
         max_tokens: int = 16_384,
-        timeout: float = 8.0,
     ) -> None:
         self._engines = engines
         self._max_batch = max_batch
         self._max_running = max_running
         self._max_tokens = max_tokens
-        self._timeout = timeout
         self._models: dict[str, _Model] = {}
         self._arrivals = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -102,16 +97,10 @@ class ShapeBatcher:
 
     async def _run(self, model: str, state: _Model, batch: list[_Call], outputs: Sequence[str]) -> None:
         try:
-            async with asyncio.timeout(self._timeout):
-                answers = await self._engines.infer(model, _merge([call.inputs for call in batch]), outputs)
+            answers = await self._engines.infer(model, _merge([call.inputs for call in batch]), outputs)
             for index, call in enumerate(batch):
                 if not call.answer.done():
                     call.answer.set_result({name: array[index : index + 1] for name, array in answers.items()})
-        except TimeoutError:
-            # The slot is free again although the engine may still be at it: others find out for themselves.
-            for call in batch:
-                if not call.answer.done():
-                    call.answer.set_exception(UnavailableError(f"{model} did not answer within {self._timeout:g} s"))
         except BaseException as error:
             for call in batch:
                 if not call.answer.done():

@@ -115,7 +115,7 @@ class LatencyTracker:
         if entry is None or entry.average.mean is None:
             return None
         reached = list(accumulate(entry.bins))
-        bound: float = _SHORTEST * _GROWTH ** bisect_left(reached, reached[-1] * q / 100)
+        bound: float = _SHORTEST * _GROWTH ** bisect_left(reached, reached[-1] * (q / 100))
         return bound
 
 

@@ -3,234 +3,252 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
-from mtgr.errors import ConfigurationError, UnavailableError
-from mtgr.features.candidates import CandidateState, candidate_rows
+from mtgr.errors import RequestTimeoutError, UnavailableError
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.extract import Features
+from mtgr.routing.admission import Admission
 from mtgr.routing.batching import Inference, ShapeBatcher
-from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket, pad
-from mtgr.routing.strategies import AUTO, AUTO_ORDER, STRATEGIES, Strategy
+from mtgr.routing.breaker import CircuitBreaker
+from mtgr.routing.choice import AutoChoice, Choice, Size
+from mtgr.routing.deadline import Deadline
+from mtgr.routing.experiment import uniform
+from mtgr.routing.guard import GuardedInference
+from mtgr.routing.observer import Observer
+from mtgr.routing.policy import Policy, load_profile
+from mtgr.routing.ranker import Arrays, Ranker, Ranking
+from mtgr.routing.reasons import reason_of
+from mtgr.routing.shadow import drift
+from mtgr.routing.strategies import AUTO, STRATEGIES, Strategy
 from mtgr.schema import Schema
 
-Float32Array = npt.NDArray[np.float32]
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-Arrays = dict[str, npt.NDArray[Any]]
+Clock = Callable[[], float]
 
-FEWER_THAN_TOP_K = "fewer_than_top_k"
 FALLBACK = "fallback"
+_SHADOW_CALLS = 16  # at a time; further ones are left out
+_FIRST_ROWS = 16  # of a context, by which vllm's cache is taken to know it
 
 
 class Engines(Inference, Protocol):
     """How the router reaches engines: BLS calls inside Triton, direct calls in process."""
 
     def unready_reason(self, model: str) -> str | None:
-        """None if the model answers requests, else why not."""
-
-
-@dataclass(frozen=True)
-class RoutingConfig:
-    """Settings of the router.
-
-    Attributes:
-        task_weights: Weight of each task in the final score; tasks without one count 0.
-        default_top_k: Items recommended to a request that does not say how many.
-        rank_limit: Retrieved items that are ranked, at least ``top_k``.
-        remove_seen: Whether items the user already had an event with are never recommended.
-        max_batch: Most requests merged into one call of a dense engine.
-        max_running: Calls that a dense engine is given at a time: as many as it has instances.
-        max_pending: Requests in flight; further ones are refused at once.
-        max_tokens: Most tokens, padding included, in one call of a dense engine; bounds its memory.
-        engine_timeout: Seconds for one call of an engine.
-    """
-
-    task_weights: Mapping[str, float] = field(
-        default_factory=lambda: {"engagement": 1.0, "retention": 0.1, "monetization": 0.5}
-    )
-    default_top_k: int = 10
-    rank_limit: int = 256
-    remove_seen: bool = True
-    max_batch: int = 32
-    max_running: int = 1
-    max_pending: int = 1024
-    max_tokens: int = 16_384
-    engine_timeout: float = 8.0
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigurationError: If a value is out of range.
-        """
-        for name in ("default_top_k", "rank_limit", "max_batch", "max_running", "max_pending", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"routing: {name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.engine_timeout > 0:
-            raise ConfigurationError(f"routing: engine_timeout is {self.engine_timeout}; it must be positive.")
-        if not all(np.isfinite(weight) for weight in self.task_weights.values()):
-            raise ConfigurationError("routing: task weights must be finite numbers.")
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The answer to a request, best first; equal scores by ascending item id.
-
-    Attributes:
-        items: INT64 [m], raw item ids.
-        scores: FP32 [m], weighted sums of the task scores.
-        task_scores: FP32 [m, T], probabilities.
-        strategy: The strategy that served.
-        arm: Side of the experiment.
-        labels: What the caller should know: ``cold_start``, ``fewer_than_top_k``, ``fallback``.
-    """
-
-    items: Int64Array
-    scores: Float32Array
-    task_scores: Float32Array
-    strategy: str
-    arm: str
-    labels: tuple[str, ...]
+        """None if the model answers requests, else why not; ``model@2`` is version 2 of it."""
 
 
 class Router:
-    """Serves requests; safe for any number of concurrent coroutines.
+    """Serves requests; safe for any number of concurrent coroutines of one event loop.
 
     Args:
         schema: The schema.
         catalog: The items.
         engines: How to reach engines.
-        config: Settings.
+        policy: Settings; the profile ``prod`` by default.
+        observer: Told of what happens, for metrics and logs.
+        clock: Gives seconds.
 
     Raises:
         ConfigurationError: If a task weight names no task of the schema.
     """
 
     def __init__(
-        self, schema: Schema, catalog: ItemCatalog, engines: Engines, config: RoutingConfig | None = None
+        self,
+        schema: Schema,
+        catalog: ItemCatalog,
+        engines: Engines,
+        policy: Policy | None = None,
+        observer: Observer | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self.schema = schema
         self.catalog = catalog
         self.engines = engines
-        self.config = config or RoutingConfig()
-        self._pending = 0
-        limits = self.config.max_tokens, self.config.engine_timeout
+        self.observer = observer or Observer()
+        self.policy = policy or load_profile("prod")
+        self.admission = Admission("the router", self.policy.admission, clock)
+        self._clock = clock
+        self._breakers: dict[str, CircuitBreaker] = {}
+        self._shadows: set[asyncio.Task[None]] = set()
+        self._apply(self.policy)
+
+    def update(self, policy: Policy) -> None:
+        """Take a new policy for the requests to come; to be called in the event loop.
+
+        Raises:
+            ConfigurationError: If a task weight names no task of the schema; then the old one stays.
+        """
+        Ranker(self.schema, self.catalog, policy.routing)
+        changed = policy.breaker != self.policy.breaker
+        self.policy = policy
+        if changed:
+            self._breakers.clear()
+        self._apply(policy)
+
+    def _apply(self, policy: Policy) -> None:
+        routing = policy.routing
+        self._ranker = Ranker(self.schema, self.catalog, routing)
+        self._choice = AutoChoice(policy.auto, self._clock)
+        self.admission.config = policy.admission
+        guarded = GuardedInference(self.engines, self.breaker, routing.engine_timeout, self._clock)
         self._callers = {
-            True: ShapeBatcher(engines, self.config.max_batch, self.config.max_running, *limits),
-            False: ShapeBatcher(engines, 1, self.config.max_pending, *limits),
+            True: ShapeBatcher(guarded, routing.max_batch, routing.max_running, routing.max_tokens),
+            False: ShapeBatcher(guarded, 1, policy.admission.max_concurrent, routing.max_tokens),
         }
-        unknown = set(self.config.task_weights) - set(schema.task_names)
-        if unknown:
-            raise ConfigurationError(
-                f"routing: there is a weight for {sorted(unknown)[0]!r}, "
-                f"but the tasks are {', '.join(schema.task_names)}."
-            )
-        self._weights = np.array([self.config.task_weights.get(name, 0.0) for name in schema.task_names])
 
     async def route(self, features: Features) -> Ranking:
         """Answer one request.
 
         Raises:
-            UnavailableError: If the strategy asked for, or every one under ``auto``, cannot serve, or too many requests
-                are in flight.
+            UnavailableError: If the strategy asked for, or every one under ``auto``, cannot serve, or there is no hope
+                to answer in time.
+            RequestTimeoutError: If the request's time limit ran out.
         """
-        if self._pending >= self.config.max_pending:
-            raise UnavailableError(f"{self._pending} requests are in flight, as many as are allowed; try again later.")
-        self._pending += 1
+        deadline = Deadline.from_unix_ms(features.deadline_ms, self._clock)
+        started = self._clock()
         try:
-            return await self._route(features)
-        finally:
-            self._pending -= 1
+            async with self.admission.admit(deadline) as waited:
+                self.observer.stage("queue", waited)
+                try:
+                    async with asyncio.timeout(deadline.limit(3600.0)):
+                        ranking = await self._route(features)
+                except TimeoutError as error:
+                    raise RequestTimeoutError("the request's time limit ran out; allow more time.") from error
+        except BaseException as error:
+            self.observer.refused(features, reason_of(error), error)
+            raise
+        self.observer.answered(features, ranking, self._clock() - started)
+        return ranking
+
+    def breaker(self, model: str) -> CircuitBreaker:
+        """The breaker of a model."""
+        if model not in self._breakers:
+            self._breakers[model] = CircuitBreaker(
+                model, self.policy.breaker, self._clock, listener=self.observer.breaker
+            )
+        return self._breakers[model]
 
     async def _route(self, features: Features) -> Ranking:
-        names = AUTO_ORDER if features.strategy == AUTO else (features.strategy,)
-        reasons: list[str] = []
-        labels = features.labels
-        for name in names:
+        retrieves = not len(features.candidates)
+        context = hash(features.context[:_FIRST_ROWS].tobytes())
+        size = self._choice.size(len(features.context), len(features.candidates), context)
+        names, version, reasons = self._plan(features, size, retrieves)
+        failed = False
+        for name in names.order:
             strategy = STRATEGIES[name]
-            reason = self._unready_reason(strategy, retrieves=not len(features.candidates))
-            if reason is None:
-                try:
-                    return await self._serve(strategy, features, labels)
-                except UnavailableError as error:
-                    reason = str(error)
-                    labels = (*features.labels, FALLBACK)
-            reasons.append(f"{name}: {reason}")
+            try:
+                ranking = await self._serve(strategy, version, features, size)
+            except UnavailableError as error:
+                reasons.append(f"{name}: {error}")
+                failed = True
+                continue
+            if name == "vllm":
+                self._choice.remember(context)
+            ranking = _labelled(ranking, failed, names.reason)
+            self._shadow(features, ranking)
+            return ranking
         if features.strategy == AUTO:
             raise UnavailableError(
                 f"no engine is ready ({'; '.join(reasons)}); run `make export` and restart the server."
             )
         raise UnavailableError(f"strategy {reasons[0]}.")
 
-    def _unready_reason(self, strategy: Strategy, retrieves: bool) -> str | None:
+    def _plan(self, features: Features, size: Size, retrieves: bool) -> tuple[Choice, int | None, list[str]]:
+        """Strategies to try, the version of their models, and why others are left out."""
+        if features.strategy != AUTO:
+            ready, reasons = self._ready([features.strategy], None, retrieves)
+            return Choice(tuple(ready), "asked for"), None, reasons
+        arm = self.policy.arm_settings(features.arm)
+        version = arm.version if arm is not None else None
+        order: Sequence[str] = self.policy.auto.order
+        if arm is not None and arm.strategy != AUTO:
+            order = (arm.strategy, *(name for name in order if name != arm.strategy))
+            ready, reasons = self._ready(order, version, retrieves)
+            return Choice(tuple(ready), f"arm {arm.name}"), version, reasons
+        ready, reasons = self._ready(order, version, retrieves)
+        return self._choice.choose(ready, size), version, reasons
+
+    def _ready(self, names: Sequence[str], version: int | None, retrieves: bool) -> tuple[list[str], list[str]]:
+        ready, reasons = [], []
+        for name in names:
+            reason = self._unready_reason(STRATEGIES[name], version, retrieves)
+            if reason is None:
+                ready.append(name)
+            else:
+                reasons.append(f"{name}: {reason}")
+        return ready, reasons
+
+    def _unready_reason(self, strategy: Strategy, version: int | None, retrieves: bool) -> str | None:
         models = strategy.models if retrieves else (strategy.rank_model,)
         for model in models:
-            reason = self.engines.unready_reason(model)
+            model = _versioned(model, version)
+            reason = self.engines.unready_reason(model) or self.breaker(model).refusal
             if reason is not None:
                 return reason
         return None
 
-    async def _serve(self, strategy: Strategy, features: Features, labels: tuple[str, ...]) -> Ranking:
-        state = CandidateState.from_array(features.candidate_state, self.schema.epoch)
-        context = self._context(strategy, features.context)
-        if len(features.candidates):
-            raw = features.candidates
-            items = self.catalog.to_internal(raw)
-            wanted = features.top_k or len(raw)
-        else:
-            wanted = features.top_k or self.config.default_top_k
-            items = await self._retrieve(strategy, context, state, max(wanted, self.config.rank_limit))
-            raw = self.catalog.to_raw(items)
-            if len(raw) < wanted:
-                labels = (*labels, FEWER_THAN_TOP_K)
-        task_scores = await self._rank(strategy, context, candidate_rows(self.schema, self.catalog, state, items))
-        scores = (task_scores @ self._weights).astype(np.float32)
-        order = np.lexsort((raw, -scores))[:wanted]
-        return Ranking(raw[order], scores[order], task_scores[order], strategy.name, features.arm, labels)
+    async def _serve(self, strategy: Strategy, version: int | None, features: Features, size: Size) -> Ranking:
+        started = self._clock()
+        try:
+            ranking = await self._ranker.serve(strategy, features, self._caller(strategy, version))
+        except BaseException as error:
+            self.observer.engine_failed(strategy.name, reason_of(error))
+            raise
+        seconds = self._clock() - started
+        self.observer.stage("engine", seconds)
+        self._choice.answered(strategy.name, size, seconds)
+        return ranking
 
-    async def _infer(self, strategy: Strategy, model: str, inputs: Arrays, output: str) -> npt.NDArray[Any]:
-        """One output of one call, without the batch dimension.
+    def _caller(self, strategy: Strategy, version: int | None) -> Callable[[str, Arrays, str], Any]:
+        """One output of one call.
 
         Dense engines get batches of one shape; an engine with continuous batching gets every request at once.
         """
-        answer = await self._callers[strategy.padded].infer(model, inputs, [output])
-        result: npt.NDArray[Any] = answer[output][0]
-        return result
+        batcher = self._callers[strategy.padded]
 
-    def _context(self, strategy: Strategy, rows: Int32Array) -> Int32Array:
-        return pad(rows, bucket(len(rows), CONTEXT_BUCKETS)) if strategy.padded else rows[None]
+        async def call(model: str, inputs: Arrays, output: str) -> npt.NDArray[Any]:
+            self.observer.rows(strategy.name, inputs)
+            answer = await batcher.infer(_versioned(model, version), inputs, [output])
+            return answer[output]
 
-    async def _retrieve(self, strategy: Strategy, context: Int32Array, state: CandidateState, limit: int) -> Int64Array:
-        """Internal ids of at most ``limit`` items, best first."""
-        answer = await self._infer(strategy, strategy.retrieve_model, {"context": context}, "items")
-        items: Int64Array = answer.astype(np.int64)
-        if self.config.remove_seen:
-            items = items[~np.isin(items, state.seen_items)]
-        return items[:limit]
+        return call
 
-    async def _rank(self, strategy: Strategy, context: Int32Array, rows: Int32Array) -> Float32Array:
-        """FP32 [k, T] of candidate rows INT32 [k, W], in as many calls as the largest bucket makes necessary.
+    def _shadow(self, features: Features, ranking: Ranking) -> None:
+        """Start the shadow's call, for some of the requests; nobody waits for it."""
+        shadow = self.policy.shadow
+        if shadow is None or not len(ranking.items) or len(self._shadows) >= _SHADOW_CALLS:
+            return
+        if uniform("shadow", features.request_id or str(self._clock())) > shadow.share:
+            return
+        task = asyncio.get_running_loop().create_task(self._compare(features, ranking))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
 
-        An engine without buckets splits them itself: it has the context cached before it comes to the second part.
-        """
-        if not len(rows):
-            return np.empty((0, len(self.schema.tasks)), dtype=np.float32)
-        step = CANDIDATE_BUCKETS[-1] if strategy.padded else len(rows)
-        parts = [rows[start : start + step] for start in range(0, len(rows), step)]
-        answers = await asyncio.gather(*(self._rank_part(strategy, context, part) for part in parts))
-        return np.concatenate(answers)
+    async def _compare(self, features: Features, ranking: Ranking) -> None:
+        shadow = self.policy.shadow
+        if shadow is None:
+            return
+        strategy = STRATEGIES[shadow.strategy]
+        if self._unready_reason(strategy, shadow.version, retrieves=False) is not None:
+            self.observer.shadow(None)
+            return
+        try:
+            call = self._caller(strategy, shadow.version)
+            other = await self._ranker.rescore(strategy, features, ranking.items, call)
+        except UnavailableError:
+            self.observer.shadow(None)
+        else:
+            self.observer.shadow(drift(ranking, other))
 
-    async def _rank_part(self, strategy: Strategy, context: Int32Array, rows: Int32Array) -> Float32Array:
-        padded = pad(rows, bucket(len(rows), CANDIDATE_BUCKETS)) if strategy.padded else rows[None]
-        inputs: Arrays = {"context": context, "candidates": padded}
-        answer = await self._infer(strategy, strategy.rank_model, inputs, "task_scores")
-        scores: Float32Array = answer[: len(rows)]
-        if not np.isfinite(scores).all():
-            raise UnavailableError(f"{strategy.rank_model} returned scores that are not finite numbers")
-        return scores
+
+def _versioned(model: str, version: int | None) -> str:
+    return model if version is None else f"{model}@{version}"
+
+
+def _labelled(ranking: Ranking, failed: bool, reason: str) -> Ranking:
+    labels = (*ranking.labels, FALLBACK) if failed else ranking.labels
+    return Ranking(ranking.items, ranking.scores, ranking.task_scores, ranking.strategy, ranking.arm, labels, reason)

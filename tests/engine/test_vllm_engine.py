@@ -21,7 +21,6 @@ from mtgr.errors import InvalidRequestError, UnavailableError
 from mtgr.features.sqlite import write_store
 from mtgr.features.store import UserRecord
 from mtgr.manifest import Manifest
-from mtgr.routing.router import RoutingConfig
 from tests.engine.harness import write_engine
 from tests.unit.models import EPOCH, small_catalog, small_config, small_schema, spread_model
 
@@ -147,7 +146,7 @@ def test_behaviors_without_their_parts_are_refused(
 
 def test_without_an_export_the_sentence_says_what_to_run(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "mtgr_features").symlink_to(repository / "mtgr_features")
-    engine = VLLMEngine(VLLMEngineConfig(tmp_path, routing=RoutingConfig()))
+    engine = VLLMEngine(VLLMEngineConfig(tmp_path))
     with pytest.raises(UnavailableError, match=r"mtgr_vllm is not installed .*make vllm export"):
         asyncio.run(engine.generate_recommendations("ann", request_time=NOW))
 

@@ -187,7 +187,10 @@ def test_the_strategy_named_is_the_one_that_ran(server: TritonServer, client: MT
         for index in range(times):
             answer = client.rank(str(index + 1), [1, 2, 3], strategy=strategy, request_time=REQUEST_TIME)
             served[answer.strategy] += 1
-    assert served == {"baseline": 5, "onnx": 10}  # `auto` takes the fastest that is ready
+    # `auto` takes the one that was fastest of late.
+    assert served["baseline"] >= 5
+    assert served["onnx"] >= 7
+    assert sum(served.values()) == 15
     after = counts(server)
     for strategy, times in served.items():
         model = STRATEGIES[strategy].rank_model
@@ -232,4 +235,5 @@ def test_in_process_pipeline_answers_as_the_server_does(
                 use_optimization=strategy,  # type: ignore[arg-type]
             )
             assert_same(served, local)
-            assert (served.strategy, served.arm, served.labels) == (local.strategy, local.arm, local.labels)
+            assert (served.arm, served.labels) == (local.arm, local.labels)
+            assert served.strategy == local.strategy or strategy == "auto"

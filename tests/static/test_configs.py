@@ -18,8 +18,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from mtgr.client.wire import STRATEGY_OUTPUT
 from mtgr.features.request import MAX_CANDIDATES
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS
-from mtgr.routing.router import RoutingConfig
-from mtgr.routing.settings import routing_config
+from mtgr.routing.policy import DEFAULT_PROFILE, load_profile, policy_file, profile_path
 from mtgr.routing.strategies import STRATEGIES
 from tests.conftest import DOOR_MODELS, ROOT
 
@@ -230,6 +229,7 @@ def test_the_door_has_the_tensors_of_its_contract() -> None:
         STRATEGY_OUTPUT: ("TYPE_STRING", (1,)),
         "arm": ("TYPE_STRING", (1,)),
         "labels": ("TYPE_STRING", (1,)),
+        "explanation": ("TYPE_STRING", (1,)),
     }
 
 
@@ -268,11 +268,15 @@ def test_every_engine_belongs_to_a_strategy() -> None:
         assert all(present) or not any(present), f"{strategy.name} is there by half"
 
 
+DOOR_ADAPTERS = ("mtgr_features", "mtgr_router")
+
+
 def test_router_parameters_are_understood_and_fit_the_engines() -> None:
     parameters = {name: value.string_value for name, value in config("mtgr_router").parameters.items()}
-    settings = routing_config(parameters)
     # In process and in the server the same defaults hold.
-    assert settings == RoutingConfig()
+    assert policy_file(parameters, {}) == profile_path(DEFAULT_PROFILE)
+    assert {name for name in DOOR_ADAPTERS if "profile" in config(name).parameters} == set(DOOR_ADAPTERS)
+    settings = load_profile(DEFAULT_PROFILE).routing
     for name in ENGINE_MODELS:
         strategy = next(entry for entry in STRATEGIES.values() if name in entry.models)
         if strategy.padded:

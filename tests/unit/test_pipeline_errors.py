@@ -14,7 +14,8 @@ from mtgr.errors import ConfigurationError, InvalidRequestError, UnavailableErro
 from mtgr.features.sqlite import write_store
 from mtgr.features.store import UserRecord
 from mtgr.pipeline import OptimizedInferencePipeline, PipelineConfig
-from mtgr.routing.router import RoutingConfig
+from mtgr.routing.config import RoutingConfig
+from mtgr.routing.policy import Policy
 from tests.unit.models import EPOCH, small_catalog, small_config, small_schema, spread_model
 
 SCHEMA = small_schema()
@@ -43,7 +44,9 @@ def repository(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def pipeline(repository: Path, **routing: object) -> OptimizedInferencePipeline:
-    return OptimizedInferencePipeline(PipelineConfig(repository, routing=RoutingConfig(**routing)))  # type: ignore[arg-type]
+    return OptimizedInferencePipeline(
+        PipelineConfig(repository, policy=Policy("test", routing=RoutingConfig(**routing)))
+    )  # type: ignore[arg-type]
 
 
 def test_without_a_bundle_there_is_no_pipeline(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +12,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mtgr.errors import ConfigurationError, UnavailableError
+from mtgr.errors import ConfigurationError, RequestTimeoutError, UnavailableError
 from mtgr.features.candidates import build_candidate_state
 from mtgr.features.extract import Features
+from mtgr.routing.admission import AdmissionConfig
+from mtgr.routing.breaker import BreakerConfig
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket, pad
-from mtgr.routing.router import FALLBACK, Ranking, Router, RoutingConfig
+from mtgr.routing.choice import AutoConfig
+from mtgr.routing.config import RoutingConfig
+from mtgr.routing.experiment import Arm, Experiment, Shadow
+from mtgr.routing.observer import Observer
+from mtgr.routing.policy import Policy
+from mtgr.routing.ranker import Ranking
+from mtgr.routing.router import FALLBACK, Router
+from mtgr.routing.shadow import Drift
 from mtgr.routing.strategies import AUTO_ORDER, STRATEGIES
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, TokenType
 from tests.unit.models import EPOCH, small_catalog, small_schema
@@ -98,8 +109,18 @@ def features(
     )
 
 
+def policy(**routing: Any) -> Policy:
+    """No measuring, no shedding: what serves is decided by the order alone."""
+    return Policy(
+        "test",
+        auto=AutoConfig(adaptive=False),
+        routing=RoutingConfig(**routing),
+        admission=AdmissionConfig(max_concurrent=1024, shedding=False),
+    )
+
+
 def route(engines: FakeEngines, request: Features, **config: Any) -> Ranking:
-    return asyncio.run(Router(SCHEMA, CATALOG, engines, RoutingConfig(**config)).route(request))
+    return asyncio.run(Router(SCHEMA, CATALOG, engines, policy(**config)).route(request))
 
 
 def expected_order(raw: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -299,14 +320,14 @@ def test_scores_that_are_not_finite_are_a_failure(value: float) -> None:
 
 def test_weights_of_unknown_tasks_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="weight for 'clicks', but the tasks are engagement, retention"):
-        Router(SCHEMA, CATALOG, FakeEngines(), RoutingConfig(task_weights={"engagement": 1.0, "clicks": 1.0}))
+        Router(SCHEMA, CATALOG, FakeEngines(), policy(task_weights={"engagement": 1.0, "clicks": 1.0}))
 
 
 def test_a_slow_engine_does_not_hold_up_a_fast_one() -> None:
     async def scenario() -> list[str]:
         engines = FakeEngines()
         engines.hold["mtgr_baseline"] = asyncio.Event()
-        router = Router(SCHEMA, CATALOG, engines)
+        router = Router(SCHEMA, CATALOG, engines, policy())
         slow = [asyncio.create_task(router.route(features([10, 13], strategy="baseline"))) for _ in range(8)]
         await asyncio.sleep(0)
         fast = await asyncio.wait_for(router.route(features([10, 13], strategy="onnx")), 5)
@@ -322,7 +343,7 @@ def test_parts_of_one_request_run_at_once(strategy: str, max_running: int, at_on
     async def scenario() -> int:
         engines = FakeEngines()
         engines.hold[STRATEGIES[strategy].rank_model] = asyncio.Event()
-        router = Router(SCHEMA, CATALOG, engines, RoutingConfig(max_running=max_running))
+        router = Router(SCHEMA, CATALOG, engines, policy(max_running=max_running))
         task = asyncio.create_task(router.route(features(CATALOG.raw_ids[:2500], strategy=strategy)))
         for _ in range(10):
             await asyncio.sleep(0)
@@ -345,7 +366,7 @@ def test_users_who_share_a_batch_get_their_own_answers() -> None:
     ]
 
     async def together(engines: FakeEngines) -> list[Ranking]:
-        router = Router(SCHEMA, CATALOG, engines)
+        router = Router(SCHEMA, CATALOG, engines, policy())
         return list(await asyncio.gather(*(router.route(request) for request in requests)))
 
     engines = FakeEngines()
@@ -375,12 +396,12 @@ def test_an_engine_that_hangs_is_given_up_and_the_next_one_asked() -> None:
                 await asyncio.Event().wait()
             return await super().infer(model, inputs, outputs)
 
-    config = RoutingConfig(engine_timeout=0.05, task_weights={})
+    hasty = policy(engine_timeout=0.05, task_weights={})
     asked = features(CATALOG.raw_ids[:5], strategy="auto")
 
     async def both() -> list[Ranking]:
         engines = Hanging(unready={"mtgr_tensorrt_rank": "absent", "mtgr_vllm": "absent"})
-        router = Router(SCHEMA, CATALOG, engines, config)
+        router = Router(SCHEMA, CATALOG, engines, hasty)
         # The second one waits behind the hanging call and must not wait for ever either.
         return list(await asyncio.gather(router.route(asked), router.route(asked)))
 
@@ -391,7 +412,8 @@ def test_an_engine_that_hangs_is_given_up_and_the_next_one_asked() -> None:
 
 def test_requests_beyond_the_limit_are_refused_at_once() -> None:
     async def burst() -> list[Ranking | BaseException]:
-        router = Router(SCHEMA, CATALOG, FakeEngines(), RoutingConfig(max_pending=3, task_weights={}))
+        full = AdmissionConfig(max_concurrent=2, max_queue=1, shedding=False)
+        router = Router(SCHEMA, CATALOG, FakeEngines(), dataclasses.replace(policy(task_weights={}), admission=full))
         asked = features(CATALOG.raw_ids[:5], strategy="onnx")
         answers = await asyncio.gather(*(router.route(asked) for _ in range(5)), return_exceptions=True)
         assert (await router.route(asked)).strategy == "onnx"  # the places are free again
@@ -399,3 +421,135 @@ def test_requests_beyond_the_limit_are_refused_at_once() -> None:
 
     answers = asyncio.run(burst())
     assert [isinstance(answer, UnavailableError) for answer in answers] == [False] * 3 + [True] * 2
+
+
+class Table(FakeEngines):
+    """Engines of which one may fail for a while, on a clock that the test moves."""
+
+    def __init__(self) -> None:
+        super().__init__(unready_except("onnx", "baseline"))
+        self.now = 100.0
+        self.asked = 0
+
+    def clock(self) -> float:
+        return self.now
+
+    async def infer(self, model: str, inputs: Any, outputs: Any) -> Any:
+        self.asked += model.startswith("mtgr_onnx")
+        return await super().infer(model, inputs, outputs)
+
+
+def test_an_engine_that_fails_is_left_alone_and_tried_again() -> None:
+    engines = Table()
+    engines.failing = ["mtgr_onnx_rank"]
+    asked = features(CATALOG.raw_ids[:5], strategy="auto")
+
+    async def scenario() -> None:
+        breaker = BreakerConfig(consecutive_failures=3, open_seconds=1.0, jitter=0.0)
+        router = Router(SCHEMA, CATALOG, engines, dataclasses.replace(policy(), breaker=breaker), clock=engines.clock)
+        answers = [await router.route(asked) for _ in range(10)]
+        assert {answer.strategy for answer in answers} == {"baseline"}
+        assert [FALLBACK in answer.labels for answer in answers] == [True] * 3 + [False] * 7
+        assert engines.asked == 3  # seven requests did not wait for it
+        with pytest.raises(UnavailableError, match=r"strategy onnx: mtgr_onnx_rank is left alone for 1\.0 s after 3"):
+            await router.route(dataclasses.replace(asked, strategy="onnx"))
+        engines.failing = []
+        engines.now += 1.1
+        assert (await router.route(asked)).strategy == "onnx"
+        assert engines.asked == 4
+
+    asyncio.run(scenario())
+
+
+def test_an_arm_serves_its_users_and_others_step_in_for_it() -> None:
+    experiment = Experiment("e", (Arm("treatment", strategy="baseline"), Arm("new", version=2)))
+    for unready, arm, strategy in (
+        (("onnx", "baseline"), "treatment", "baseline"),
+        (("onnx",), "treatment", "onnx"),
+        (("onnx", "baseline"), "gone", "onnx"),
+    ):
+        engines = FakeEngines(unready_except(*unready))
+        asked = dataclasses.replace(features(CATALOG.raw_ids[:5], strategy="auto"), arm=arm)
+        router = Router(SCHEMA, CATALOG, engines, dataclasses.replace(policy(), experiment=experiment))
+        answer = asyncio.run(router.route(asked))
+        assert (answer.strategy, answer.arm) == (strategy, arm)
+
+
+def test_an_arm_may_have_a_version_of_its_own() -> None:
+    experiment = Experiment("e", (Arm("control"), Arm("new", version=2)))
+    engines = FakeEngines(unready_except("onnx") | {f"{name}@2": "absent" for name in ("mtgr_baseline", "mtgr_vllm")})
+    router = Router(SCHEMA, CATALOG, engines, dataclasses.replace(policy(), experiment=experiment))
+    asyncio.run(router.route(dataclasses.replace(features([10, 13], strategy="auto"), arm="control")))
+    engines.unready["mtgr_tensorrt_rank@2"] = "absent"
+    asyncio.run(router.route(dataclasses.replace(features([10, 13], strategy="auto"), arm="new")))
+    assert [model for model, _ in engines.calls] == ["mtgr_onnx_rank", "mtgr_onnx_rank@2"]
+
+
+@pytest.mark.parametrize(("share", "compared"), [(1.0, 4), (0.0, 0)])
+def test_a_shadow_is_compared_and_not_returned(share: float, compared: int) -> None:
+    other = np.clip(TABLE + 0.25, 0, 1)
+
+    class Two(FakeEngines):
+        async def infer(self, model: str, inputs: Any, outputs: Any) -> Any:
+            self.table = other if model == "mtgr_baseline" else TABLE
+            return await super().infer(model, inputs, outputs)
+
+    class Notes(Observer):
+        def __init__(self) -> None:
+            self.drifts: list[Drift | None] = []
+
+        def shadow(self, drift: Drift | None) -> None:
+            self.drifts.append(drift)
+
+    notes = Notes()
+
+    async def scenario() -> list[Ranking]:
+        shadowed = dataclasses.replace(policy(), shadow=Shadow("baseline", share))
+        router = Router(SCHEMA, CATALOG, Two(unready_except("onnx", "baseline")), shadowed, notes)
+        answers = [await router.route(features(CATALOG.raw_ids[:50])) for _ in range(4)]
+        while router._shadows:
+            await asyncio.sleep(0)
+        return answers
+
+    for answer in asyncio.run(scenario()):
+        np.testing.assert_array_equal(answer.items, expected_order(CATALOG.raw_ids[:50]))
+    assert len(notes.drifts) == compared
+    for found in notes.drifts:
+        assert found is not None
+        assert found.max_error == pytest.approx(0.25, abs=1e-6)
+
+
+def test_a_request_whose_time_is_over_is_not_computed() -> None:
+    engines = FakeEngines()
+    late = dataclasses.replace(features([10, 13]), deadline_ms=1)
+    with pytest.raises(RequestTimeoutError, match="ran out before admission"):
+        route(engines, late)
+    assert engines.calls == []
+
+
+def test_a_request_is_given_up_when_its_time_is_over() -> None:
+    async def scenario() -> None:
+        engines = FakeEngines()
+        engines.hold["mtgr_onnx_rank"] = asyncio.Event()
+        router = Router(SCHEMA, CATALOG, engines, policy())
+        soon = dataclasses.replace(features([10, 13]), deadline_ms=int(time.time() * 1e3) + 50)
+        with pytest.raises(RequestTimeoutError, match="time limit"):
+            await router.route(soon)
+        assert router.admission.idle
+        assert router.breaker("mtgr_onnx_rank").state == "closed"  # that it was late is not held against it
+
+    asyncio.run(scenario())
+
+
+def test_a_new_policy_holds_for_the_next_request() -> None:
+    async def scenario() -> None:
+        router = Router(SCHEMA, CATALOG, FakeEngines(unready_except("onnx", "baseline")), policy())
+        asked = features([10, 13, 16], strategy="auto")
+        assert (await router.route(asked)).strategy == "onnx"
+        router.update(dataclasses.replace(policy(), auto=AutoConfig(("baseline", "onnx"), adaptive=False)))
+        assert (await router.route(asked)).strategy == "baseline"
+        with pytest.raises(ConfigurationError, match="weight for 'clicks'"):
+            router.update(policy(task_weights={"clicks": 1.0}))
+        assert (await router.route(asked)).strategy == "baseline"
+
+    asyncio.run(scenario())

@@ -1,5 +1,6 @@
 """Triton adapter of feature extraction; the logic is in ``mtgr.features``."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from mtgr.features.cache import CachedStore
 from mtgr.features.extract import FeatureExtractor
 from mtgr.features.metrics import FeatureMetrics
 from mtgr.features.settings import feature_settings
+from mtgr.routing.deadline import Deadline, time_limit
+from mtgr.routing.policy import policy_file
+from mtgr.routing.reload import PolicyFile
 from mtgr.triton_metrics import MetricReporter
 
 INPUTS = (
@@ -26,6 +30,8 @@ INPUTS = (
     "top_k",
 )
 
+MAX_ID = 128  # characters of a request's id that go on into logs
+
 
 class TritonPythonModel:
     """Answers every request of a batch by itself, so that a bad one does not touch its neighbours."""
@@ -35,11 +41,16 @@ class TritonPythonModel:
         self.extractor = None
         self.metrics = FeatureMetrics()
         parameters = json.loads(args["model_config"]).get("parameters", {})
-        settings = feature_settings({name: value["string_value"] for name, value in parameters.items()})
+        values = {name: value["string_value"] for name, value in parameters.items()}
+        self.policy = PolicyFile(
+            policy_file({name: values.pop(name) for name in ("policy", "profile") if name in values})
+        )
+        settings = feature_settings(values)
         try:
             bundle = load_bundle(Path(args["model_repository"]).parent)
             self.store = CachedStore(bundle.open_store(settings), settings.cache)
             self.extractor = FeatureExtractor(bundle.schema, bundle.catalog, self.store)
+            self.extractor.arm = self.policy.current.arm
             self.store_problem = None
             self.reporter = MetricReporter(pb_utils, self._changes)
         except ConfigurationError as error:
@@ -63,6 +74,10 @@ class TritonPythonModel:
             message = "the feature store answers again." if problem is None else str(problem)
             pb_utils.Logger.log_warn(f"features: {message}")
         self.store_problem = problem
+        if self.policy.poll():
+            self.extractor.arm = self.policy.current.arm
+        if not self.policy.current.monitoring:
+            return []
         return self.metrics.changes(self.store.statistics())
 
     def _respond(self, request):
@@ -74,7 +89,12 @@ class TritonPythonModel:
             if tensor is not None:
                 tensors[name] = tensor.as_numpy()
         try:
-            features = self.extractor.extract(tensors)
+            seconds = time_limit(request.timeout(), self.policy.current.deadline_seconds)
+            features = dataclasses.replace(
+                self.extractor.extract(tensors),
+                deadline_ms=Deadline.after(seconds).unix_ms(),
+                request_id=request.request_id()[:MAX_ID],
+            )
         except InvalidRequestError as error:
             return _error(str(error), pb_utils.TritonError.INVALID_ARG)
         except UnavailableError as error:

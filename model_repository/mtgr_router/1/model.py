@@ -11,12 +11,16 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from mtgr.bundle import load_bundle
-from mtgr.errors import ConfigurationError, UnavailableError
+from mtgr.errors import ConfigurationError, RequestTimeoutError, UnavailableError
 from mtgr.features.extract import Features
-from mtgr.routing.readiness import artifact_problem
+from mtgr.metrics import MetricRegistry
+from mtgr.routing.metrics import RouterMetrics
+from mtgr.routing.policy import policy_file
+from mtgr.routing.readiness import artifact_problem, split_version
+from mtgr.routing.reload import PolicyFile
 from mtgr.routing.router import Router
-from mtgr.routing.settings import routing_config
 from mtgr.routing.strategies import STRATEGIES
+from mtgr.triton_metrics import MetricReporter
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 CALLS = 512  # of engines at a time, over all requests
@@ -32,18 +36,21 @@ class TritonPythonModel:
         self.problem = ""
         repository = Path(args["model_repository"]).parent
         parameters = json.loads(args["model_config"]).get("parameters", {})
-        config = routing_config({name: value["string_value"] for name, value in parameters.items()})
-        try:
-            bundle = load_bundle(repository)
-            engines = BLSEngines(repository, bundle.schema.hash)
-            self.router = Router(bundle.schema, bundle.catalog, engines, config)
-        except ConfigurationError as error:
-            self.problem = str(error)
+        path = policy_file({name: value["string_value"] for name, value in parameters.items()})
+        self.policy = PolicyFile(path)
         self.loop = asyncio.new_event_loop()
         # Each call of an engine holds one of these threads until it is answered; Python's default is six on two cores.
         self.loop.set_default_executor(ThreadPoolExecutor(CALLS, thread_name_prefix="bls"))
         self.thread = threading.Thread(target=self.loop.run_forever, name="router", daemon=True)
         self.thread.start()
+        try:
+            bundle = load_bundle(repository)
+            engines = BLSEngines(repository, bundle.schema.hash)
+            self.metrics = RouterMetrics(MetricRegistry(), bundle.schema.item_column)
+            self.router = Router(bundle.schema, bundle.catalog, engines, self.policy.current, self.metrics)
+            self.reporter = MetricReporter(pb_utils, self._changes)
+        except ConfigurationError as error:
+            self.problem = str(error)
 
     def execute(self, requests):
         """Schedule the requests and return at once."""
@@ -57,10 +64,30 @@ class TritonPythonModel:
                 # Inputs are copied here: Triton takes their memory back when execute returns.
                 asyncio.run_coroutine_threadsafe(self._answer(_features(request), sender), self.loop)
 
+    def _changes(self):
+        """Once a second: take a changed policy over, and give what is to be reported."""
+        if self.policy.poll():
+            pb_utils.Logger.log_warn(f"router: {self.policy.problem or f'{self.policy.path} is in force.'}")
+            self.loop.call_soon_threadsafe(self._update, self.policy.current)
+        self.metrics.report(self.policy.current, self.router.admission, self.policy.reloads, self.policy.refusals)
+        changes = self.metrics.registry.changes()
+        return changes if self.policy.current.monitoring else []
+
+    def _update(self, policy):
+        try:
+            self.router.update(policy)
+        except ConfigurationError as error:
+            pb_utils.Logger.log_error(f"router: {error} The policy of before stays in force.")
+
     async def _answer(self, features, sender):
         try:
-            response = _response(await self.router.route(features))
-        except UnavailableError as error:
+            ranking = await self.router.route(features)
+            if self.policy.current.log.level == "debug":
+                pb_utils.Logger.log_info(
+                    f"router: {features.request_id or '-'} {ranking.strategy}: {ranking.explanation}"
+                )
+            response = _response(ranking)
+        except (UnavailableError, RequestTimeoutError) as error:
             response = _error(str(error), pb_utils.TritonError.UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
             pb_utils.Logger.log_error(f"router: {type(error).__name__}: {error}")
@@ -75,6 +102,8 @@ class TritonPythonModel:
             if rest:
                 await asyncio.wait(rest, timeout=10)
 
+        if self.router is not None:
+            self.reporter.stop()
         asyncio.run_coroutine_threadsafe(drain(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
@@ -85,8 +114,14 @@ class BLSEngines:
 
     def __init__(self, repository, schema_hash):
         # Judged once, as the server loads: what is exported later is not what runs, until a restart.
-        models = {model for strategy in STRATEGIES.values() for model in strategy.models}
-        self.problems = {model: artifact_problem(repository, model, schema_hash) for model in models}
+        models = [model for strategy in STRATEGIES.values() for model in strategy.models]
+        versions = [
+            f"{model}@{path.name}"
+            for model in models
+            for path in (repository / model).glob("*")
+            if path.name.isdigit() and path.is_dir()
+        ]
+        self.problems = {model: artifact_problem(repository, model, schema_hash) for model in (*models, *versions)}
         self.known = {}
 
     def unready_reason(self, model):
@@ -94,16 +129,19 @@ class BLSEngines:
         checked, reason = self.known.get(model, (float("-inf"), None))
         now = time.monotonic()
         if now - checked > READINESS_SECONDS:
-            reason = self.problems[model]
-            if reason is None and not pb_utils.is_model_ready(model):
+            reason = self.problems.get(model, f"{model} was not there when the server started")
+            name, version = split_version(model)
+            if reason is None and not pb_utils.is_model_ready(name, "" if version is None else str(version)):
                 reason = f"{model} is installed but not loaded (restart the server, and see its log)"
             self.known[model] = (now, reason)
         return reason
 
     async def infer(self, model, inputs, outputs):
         """Call the model; its answer as NumPy arrays."""
+        name, version = split_version(model)
         request = pb_utils.InferenceRequest(
-            model_name=model,
+            model_name=name,
+            model_version=-1 if version is None else version,
             requested_output_names=list(outputs),
             inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
@@ -131,6 +169,7 @@ def _response(ranking):
             pb_utils.Tensor("strategy", _text(ranking.strategy)),
             pb_utils.Tensor("arm", _text(ranking.arm)),
             pb_utils.Tensor("labels", _text(",".join(ranking.labels))),
+            pb_utils.Tensor("explanation", _text(ranking.explanation)),
         ]
     )
 

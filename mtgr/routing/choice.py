@@ -1,0 +1,163 @@
+"""``auto``: which engine serves a request.
+
+1. Engines that are not ready, or whose breaker is open, are left out.
+2. Without ``adaptive``, the first in ``order`` serves.
+3. With it, the one that was quickest of late with requests of this size. What a request costs depends on the tokens of
+   its context, its candidates, and, for vllm, on whether the context is cached there, so these make the size. Averages
+   are of answers as callers saw them, waiting included: an engine with a long queue is slow. Engines within a tenth of
+   the quickest count as equal, and the earlier in ``order`` wins, so that noise does not shift users back and forth.
+4. Every 1 / ``explore`` requests one goes to the engine whose average rests on least, so that all are measured, and an
+   engine that was slow once is not left out for ever. Where nothing is measured yet, the order decides.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mtgr.errors import ConfigurationError
+from mtgr.routing.latency import LatencyTracker
+from mtgr.routing.strategies import AUTO_ORDER, STRATEGIES
+
+Clock = Callable[[], float]
+Size = tuple[int, int, bool]
+
+_CONTEXT_CLASSES = (64, 256, 1024)
+_CANDIDATE_CLASSES = (0, 64, 256, 1024)
+_EQUAL = 1.1
+_MIN_WEIGHT = 0.1  # of an average: about three half-lives after a single answer
+_SEEN_CONTEXTS = 100_000
+
+
+@dataclass(frozen=True)
+class AutoConfig:
+    """Settings of ``auto``.
+
+    Attributes:
+        order: Strategies that may serve, the preferred one first.
+        adaptive: Whether measured latencies decide, and not the order alone.
+        explore: Part of the requests that refresh old averages.
+        half_life: Seconds after which a measurement counts half.
+        cached_seconds: How long a context is believed to be cached at vllm.
+    """
+
+    order: tuple[str, ...] = AUTO_ORDER
+    adaptive: bool = True
+    explore: float = 0.01
+    half_life: float = 10.0
+    cached_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigurationError: If one is out of range.
+        """
+        unknown = [name for name in self.order if name not in STRATEGIES]
+        if unknown or not self.order or len(set(self.order)) < len(self.order):
+            raise ConfigurationError(
+                f"auto: order is {list(self.order)}; it must hold some of {', '.join(STRATEGIES)}, each once."
+            )
+        if not 0 <= self.explore <= 0.5:
+            raise ConfigurationError(f"auto: explore is {self.explore}; it must be between 0 and 0.5.")
+        if not (self.half_life > 0 and self.cached_seconds >= 0):
+            raise ConfigurationError("auto: half_life must be positive, and cached_seconds not negative.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Strategies in the order in which they are to be tried.
+
+    Attributes:
+        order: Best first.
+        reason: Why, in a phrase.
+    """
+
+    order: tuple[str, ...]
+    reason: str
+
+
+class AutoChoice:
+    """Chooses, and learns from what came of it; for one event loop.
+
+    Args:
+        config: Settings.
+        clock: Gives seconds.
+    """
+
+    def __init__(self, config: AutoConfig | None = None, clock: Clock = time.monotonic) -> None:
+        self.config = config or AutoConfig()
+        self._clock = clock
+        self._latencies = LatencyTracker(self.config.half_life, 256, clock)
+        self._requests = 0
+        self._contexts: OrderedDict[int, float] = OrderedDict()
+
+    def choose(self, ready: Sequence[str], size: Size) -> Choice:
+        """Order the engines that are ready.
+
+        Args:
+            ready: Those of ``config.order`` that can be called.
+            size: From ``size``.
+        """
+        names = [name for name in self.config.order if name in ready]
+        if not self.config.adaptive or len(names) < 2:
+            return Choice(tuple(names), "the first of the order that is ready")
+        self._requests += 1
+        expected = {name: self._expected(name, size) for name in names}
+        if self.config.explore and self._requests % max(2, round(1 / self.config.explore)) == 0:
+            oldest = min(names, key=lambda name: self._latencies.weight((name, size)))
+            return self._first(oldest, names, expected, "its average rests on least")
+        known = {name: seconds for name, seconds in expected.items() if not math.isnan(seconds)}
+        if not known:
+            return Choice(tuple(names), "nothing is measured yet")
+        quickest = min(known.values())
+        best = next(name for name in names if known.get(name, math.inf) <= _EQUAL * quickest)
+        return self._first(best, names, expected, "quickest of late")
+
+    def answered(self, strategy: str, size: Size, seconds: float) -> None:
+        """Say how long an answer took; engines that give none are the breakers' business."""
+        self._latencies.record((strategy, size), seconds)
+
+    def size(self, context_tokens: int, candidates: int, context: int) -> Size:
+        """Class of a request's cost.
+
+        Args:
+            context_tokens: Tokens of the context.
+            candidates: Items to rank; 0 to retrieve.
+            context: A hash of the context's first rows.
+        """
+        moment = self._contexts.get(context)
+        cached = moment is not None and self._clock() - moment < self.config.cached_seconds
+        return _class(context_tokens, _CONTEXT_CLASSES), _class(candidates, _CANDIDATE_CLASSES), cached
+
+    def remember(self, context: int) -> None:
+        """Say that vllm has seen a context."""
+        self._contexts[context] = self._clock()
+        self._contexts.move_to_end(context)
+        if len(self._contexts) > _SEEN_CONTEXTS:
+            self._contexts.popitem(last=False)
+
+    def _expected(self, name: str, size: Size) -> float:
+        """Seconds; NaN where too little is known."""
+        mean = self._latencies.mean((name, size))
+        return math.nan if mean is None or self._latencies.weight((name, size)) < _MIN_WEIGHT else mean
+
+    @staticmethod
+    def _first(name: str, names: list[str], expected: dict[str, float], why: str) -> Choice:
+        rest = sorted(
+            (other for other in names if other != name),
+            key=lambda other: math.inf if math.isnan(expected[other]) else expected[other],
+        )
+        figures = ", ".join(
+            f"{other} {'?' if math.isnan(seconds) else f'{seconds * 1e3:.1f} ms'}"
+            for other, seconds in expected.items()
+        )
+        return Choice((name, *rest), f"{why} ({figures})")
+
+
+def _class(value: int, bounds: Sequence[int]) -> int:
+    """Index of the first bound that is not below the value."""
+    return next((index for index, bound in enumerate(bounds) if value <= bound), len(bounds))

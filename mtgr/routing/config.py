@@ -1,0 +1,50 @@
+"""What the router may do with a request, and how many engines' calls it makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mtgr.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Settings of ranking and of calls to engines.
+
+    Attributes:
+        task_weights: Weight of each task in the final score; tasks without one count 0.
+        default_top_k: Items recommended to a request that does not say how many.
+        rank_limit: Retrieved items that are ranked, at least ``top_k``.
+        remove_seen: Whether items the user already had an event with are never recommended.
+        max_batch: Most requests merged into one call of a dense engine.
+        max_running: Calls that a dense engine is given at a time: as many as it has instances.
+        max_tokens: Most tokens, padding included, in one call of a dense engine; bounds its memory.
+        engine_timeout: Seconds for one call of an engine.
+    """
+
+    task_weights: Mapping[str, float] = field(
+        default_factory=lambda: {"engagement": 1.0, "retention": 0.1, "monetization": 0.5}
+    )
+    default_top_k: int = 10
+    rank_limit: int = 256
+    remove_seen: bool = True
+    max_batch: int = 32
+    max_running: int = 1
+    max_tokens: int = 16_384
+    engine_timeout: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigurationError: If a value is out of range.
+        """
+        for name in ("default_top_k", "rank_limit", "max_batch", "max_running", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"routing: {name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.engine_timeout > 0:
+            raise ConfigurationError(f"routing: engine_timeout is {self.engine_timeout}; it must be positive.")
+        if not all(math.isfinite(weight) for weight in self.task_weights.values()):
+            raise ConfigurationError("routing: task weights must be finite numbers.")

@@ -1,0 +1,123 @@
+"""How ``auto`` chooses: the rule of ``mtgr.routing.choice``, line by line."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtgr.errors import ConfigurationError
+from mtgr.routing.choice import AutoChoice, AutoConfig
+
+ORDER = ("tensorrt", "vllm", "onnx", "baseline")
+SMALL = (0, 1, False)
+
+
+class Clock:
+    """Moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def choice(clock: Clock | None = None, **config: object) -> AutoChoice:
+    values: dict[str, object] = {"order": ORDER, "explore": 0.0, **config}
+    return AutoChoice(AutoConfig(**values), clock or Clock())  # type: ignore[arg-type]
+
+
+def measure(auto: AutoChoice, **milliseconds: float) -> None:
+    for _ in range(10):
+        for name, value in milliseconds.items():
+            auto.answered(name, SMALL, value / 1e3)
+
+
+@pytest.mark.parametrize(
+    ("ready", "milliseconds", "first"),
+    [
+        (ORDER, {}, "tensorrt"),  # nothing measured: the order
+        (("onnx", "baseline"), {}, "onnx"),
+        (ORDER, {"tensorrt": 9, "vllm": 3, "onnx": 12}, "vllm"),  # the quickest
+        (ORDER, {"tensorrt": 3.2, "vllm": 3}, "tensorrt"),  # within a tenth: the order
+        (ORDER, {"tensorrt": 3.4, "vllm": 3}, "vllm"),
+        (("onnx", "baseline"), {"vllm": 1, "onnx": 12, "baseline": 5}, "baseline"),  # vllm is not ready
+        (ORDER, {"baseline": 7}, "baseline"),  # the others are tried by exploring only
+    ],
+)
+def test_the_rule(ready: tuple[str, ...], milliseconds: dict[str, float], first: str) -> None:
+    auto = choice()
+    measure(auto, **milliseconds)
+    chosen = auto.choose(ready, SMALL)
+    assert chosen.order[0] == first
+    assert sorted(chosen.order) == sorted(ready)  # every other one is a fallback
+    assert chosen.reason
+
+
+def test_without_adapting_the_order_decides() -> None:
+    auto = choice(adaptive=False)
+    measure(auto, tensorrt=900, onnx=1)
+    assert auto.choose(("onnx", "tensorrt"), SMALL).order == ("tensorrt", "onnx")
+
+
+def test_sizes_are_measured_apart() -> None:
+    auto = choice()
+    measure(auto, tensorrt=9, vllm=3)
+    assert auto.choose(ORDER, SMALL).order[0] == "vllm"
+    assert auto.choose(ORDER, (2, 1, False)).order[0] == "tensorrt"
+
+
+def test_an_engine_that_becomes_slow_is_left_and_one_that_recovers_is_found() -> None:
+    clock = Clock()
+    auto = choice(clock, explore=0.1)
+    speed = {"tensorrt": 0.002, "onnx": 0.010}
+
+    def serve(count: int) -> dict[str, int]:
+        served = dict.fromkeys(speed, 0)
+        for _ in range(count):
+            name = auto.choose(tuple(speed), SMALL).order[0]
+            served[name] += 1
+            auto.answered(name, SMALL, speed[name])
+            clock.advance(0.05)
+        return served
+
+    assert serve(200)["tensorrt"] >= 150
+    speed["tensorrt"] = 0.5
+    assert serve(400)["onnx"] >= 280
+    speed["tensorrt"] = 0.002
+    serve(1600)  # its slow answers have to fade
+    assert serve(200)["tensorrt"] >= 150
+
+
+def test_exploring_is_rare_and_reaches_every_engine() -> None:
+    auto = choice(explore=0.01)
+    counts = dict.fromkeys(ORDER, 0)
+    for _ in range(1000):
+        name = auto.choose(ORDER, SMALL).order[0]
+        counts[name] += 1
+        auto.answered(name, SMALL, 0.001 * (1 + ORDER.index(name)))
+    assert counts["tensorrt"] >= 985
+    assert all(counts.values())
+
+
+def test_a_context_is_cached_for_a_while() -> None:
+    clock = Clock()
+    auto = choice(clock, cached_seconds=60)
+    assert auto.size(500, 64, context=7) == (2, 1, False)
+    auto.remember(7)
+    assert auto.size(500, 64, context=7) == (2, 1, True)
+    assert auto.size(500, 64, context=8) == (2, 1, False)
+    clock.advance(61)
+    assert auto.size(500, 64, context=7) == (2, 1, False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"order": ()}, {"order": ("onnx", "onnx")}, {"order": ("gpu",)}, {"explore": 0.6}, {"half_life": 0.0}],
+    ids=str,
+)
+def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError, match="auto: "):
+        AutoConfig(**wrong)  # type: ignore[arg-type]
