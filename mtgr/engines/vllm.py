@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -60,7 +60,8 @@ class VLLMEngine:
         self._repository = Path(self.config.model_repository)
         self._engines = _RowEngines(self.config.timeout)
         self._door = LocalDoor(self._repository, self._engines, self.config.policy)
-        self._starting = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the engine, which takes some ten seconds; does nothing if it runs.
@@ -69,16 +70,30 @@ class VLLMEngine:
             UnavailableError: If the model is not exported, or of another schema.
             ConfigurationError: If vLLM is missing, of an untested version, or does not start.
         """
-        async with self._starting:
-            if self._engines.engine is not None:
-                return
-            problem = artifact_problem(self._repository, MODEL, load_bundle(self._repository).schema.hash)
-            version = latest_version(self._repository / MODEL)
-            if problem is not None or version is None:
-                raise UnavailableError(f"{problem}.")
-            engine = await VLLMRowEngine.start(version, self.config.threads)
-            await engine.warm_up()
-            self._engines.engine = engine
+        if self._engines.engine is not None:
+            return
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        # A caller that gives up does not end it: vLLM's start cannot be ended, and a second one beside it finds the
+        # GPU's memory taken.
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        try:
+            async with self._changing:
+                problem = artifact_problem(self._repository, MODEL, load_bundle(self._repository).schema.hash)
+                version = latest_version(self._repository / MODEL)
+                if problem is not None or version is None:
+                    raise UnavailableError(f"{problem}.")
+                engine = await VLLMRowEngine.start(version, self.config.threads)
+                try:
+                    await engine.warm_up()
+                except BaseException:
+                    await asyncio.to_thread(engine.shutdown)
+                    raise
+                self._engines.engine = engine
+        finally:
+            self._starting = None
 
     async def generate_recommendations(
         self,
@@ -119,8 +134,10 @@ class VLLMEngine:
         return EngineStatistics() if self._engines.engine is None else self._engines.engine.statistics()
 
     async def close(self) -> None:
-        """End the engine; a later request would start it again."""
-        async with self._starting:
+        """End the engine, one that is being started once it is up; a later request would start it again."""
+        if self._starting is not None:
+            await asyncio.wait((self._starting,))
+        async with self._changing:
             engine, self._engines.engine = self._engines.engine, None
             if engine is not None:
                 await asyncio.to_thread(engine.shutdown)
@@ -145,14 +162,16 @@ def as_history(behaviors: Behaviors | None) -> History | None:
         return behaviors
     rows = []
     for index, event in enumerate(behaviors):
-        parts = [event.get(name) for name in ("item", "action", "time")] if isinstance(event, Mapping) else list(event)
+        parts = [event.get(name) for name in ("item", "action", "time")] if isinstance(event, Mapping) else event
+        parts = list(parts) if isinstance(parts, Iterable) else []
         if len(parts) != 3 or not all(isinstance(part, int | np.integer) for part in parts):
             raise InvalidRequestError(
                 f"user_behaviors[{index}] is {event!r}; it must be an item, an action and a time."
             )
         rows.append(parts)
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    return History(columns[:, 0], columns[:, 1].astype(np.int32), columns[:, 2])
+    # Numbers as they came, of any size: what does not fit is refused with the request, not cut off here.
+    items, actions, times = zip(*rows, strict=True) if rows else ((), (), ())
+    return History(items, actions, times)
 
 
 class _RowEngines:

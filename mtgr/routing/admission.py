@@ -157,7 +157,7 @@ class Admission:
                 self._measure(started, area)
                 self._adapt(started, late, full)
                 if queued and late:
-                    self._trust.lower(started)
+                    self._trust.lower()
             self._fill()
 
     def expected_seconds(self) -> float:
@@ -284,7 +284,6 @@ class _Trust:
         recovered = (self._clock() - self._since) / _RECOVERY_SECONDS
         return self._value + (1.0 - self._value) * min(recovered, 1.0)
 
-    def lower(self, started: float) -> None:
-        """After a request that came too late, once for all that were let in before."""
-        if started >= self._since:
-            self._value, self._since = max(self.value * 0.8, _LEAST_TRUST), self._clock()
+    def lower(self) -> None:
+        """After a request that was let wait and came too late."""
+        self._value, self._since = max(self.value * 0.8, _LEAST_TRUST), self._clock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -83,6 +84,12 @@ class Permit:
         """Say how the call ended and how long it took."""
         self._settle(ok, seconds)
 
+    def trip(self, cause: str, for_ever: bool = False) -> None:
+        """Say that not even one more call should be tried now, or ever."""
+        breaker, self._breaker = self._breaker, None
+        if breaker is not None and self._generation == breaker._generation:
+            breaker._open(cause, for_ever)
+
     def cancel(self) -> None:
         """Say that the caller gave up: that tells nothing about the engine."""
         self._settle(None, 0.0)
@@ -143,6 +150,8 @@ class CircuitBreaker:
             return None
         if state is State.HALF_OPEN:
             return f"{self.name} is being tried again after {self.cause}"
+        if math.isinf(self._until):
+            return f"{self.name} is not called any more after {self.cause}; restart the server"
         return f"{self.name} is left alone for {max(0.0, self._until - self._clock()):.1f} s after {self.cause}"
 
     def allow(self) -> Permit | None:
@@ -176,11 +185,13 @@ class CircuitBreaker:
             elif failed and calls >= self.config.min_calls and failures >= self.config.error_ratio * calls:
                 self._open(f"{failures} failures in {calls} calls")
 
-    def _open(self, cause: str) -> None:
+    def _open(self, cause: str, for_ever: bool = False) -> None:
         self.cause = cause
         # The exponent is bounded only so that the power is a number.
         seconds = min(self.config.open_seconds * 2.0 ** min(self._openings, 60), self.config.max_open_seconds)
         self._until = self._clock() + seconds * (1 - self.config.jitter * self._rng.random())
+        if for_ever:
+            self._until = math.inf
         self._openings += 1
         self._become(State.OPEN)
 

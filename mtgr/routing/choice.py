@@ -6,20 +6,23 @@
    its context, its candidates, and, for vllm, on whether the context is cached there, so these make the size. Averages
    are of answers as callers saw them, waiting included: an engine with a long queue is slow. Engines within a tenth of
    the quickest count as equal, and the earlier in ``order`` wins, so that noise does not shift users back and forth.
-4. Every 1 / ``explore`` requests one goes to the engine whose average rests on least, so that all are measured, and an
-   engine that was slow once is not left out for ever. Where nothing is measured yet, the order decides.
+   One that fails part of its calls costs their callers another call: its average counts as much higher. What was
+   measured last holds until something newer is: a quiet hour does not make a slow engine attractive.
+4. Every 1 / ``explore`` requests one goes to the engine whose average rests on least, so that one that was slow once is
+   not left out for ever. Where an engine has never been measured at this size, that happens every tenth request: else
+   the first in ``order`` would serve hundreds of requests before it is known to be the slowest.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mtgr.errors import ConfigurationError
-from mtgr.routing.latency import LatencyTracker
+from mtgr.routing.latency import LatencyTracker, MovingAverage
 from mtgr.routing.strategies import AUTO_ORDER, STRATEGIES
 
 Clock = Callable[[], float]
@@ -28,7 +31,8 @@ Size = tuple[int, int, bool]
 _CONTEXT_CLASSES = (64, 256, 1024)
 _CANDIDATE_CLASSES = (0, 64, 256, 1024)
 _EQUAL = 1.1
-_MIN_WEIGHT = 0.1  # of an average: about three half-lives after a single answer
+_FIRST_LOOKS = 10  # requests for each one that looks for what is not measured yet
+_MOST_FAILURES = 0.99
 _SEEN_CONTEXTS = 100_000
 
 
@@ -92,7 +96,9 @@ class AutoChoice:
         self.config = config or AutoConfig()
         self._clock = clock
         self._latencies = LatencyTracker(self.config.half_life, 256, clock)
-        self._requests = 0
+        self._seconds: dict[tuple[str, Size], float] = {}  # the last averages
+        self._failures = {name: MovingAverage(self.config.half_life, clock) for name in STRATEGIES}
+        self._requests: Counter[Size] = Counter()
         self._contexts: OrderedDict[int, float] = OrderedDict()
 
     def choose(self, ready: Sequence[str], size: Size) -> Choice:
@@ -105,12 +111,14 @@ class AutoChoice:
         names = [name for name in self.config.order if name in ready]
         if not self.config.adaptive or len(names) < 2:
             return Choice(tuple(names), "the first of the order that is ready")
-        self._requests += 1
+        self._requests[size] += 1
         expected = {name: self._expected(name, size) for name in names}
-        if self.config.explore and self._requests % max(2, round(1 / self.config.explore)) == 0:
-            oldest = min(names, key=lambda name: self._latencies.weight((name, size)))
-            return self._first(oldest, names, expected, "its average rests on least")
         known = {name: seconds for name, seconds in expected.items() if not math.isnan(seconds)}
+        if self.config.explore:
+            every = max(2, round(1 / self.config.explore))
+            if self._requests[size] % (every if len(known) == len(names) else min(every, _FIRST_LOOKS)) == 0:
+                oldest = min(names, key=lambda name: (name in known, self._latencies.weight((name, size))))
+                return self._first(oldest, names, expected, "its average rests on least")
         if not known:
             return Choice(tuple(names), "nothing is measured yet")
         quickest = min(known.values())
@@ -118,8 +126,15 @@ class AutoChoice:
         return self._first(best, names, expected, "quickest of late")
 
     def answered(self, strategy: str, size: Size, seconds: float) -> None:
-        """Say how long an answer took; engines that give none are the breakers' business."""
-        self._latencies.record((strategy, size), seconds)
+        """Say how long an answer took."""
+        key = strategy, size
+        self._latencies.record(key, seconds)
+        self._seconds[key] = self._latencies.mean(key) or seconds
+        self._failures[strategy].add(0.0)
+
+    def failed(self, strategy: str) -> None:
+        """Say that an engine gave no answer; when it is to be left alone is its breaker's business."""
+        self._failures[strategy].add(1.0)
 
     def size(self, context_tokens: int, candidates: int, context: int) -> Size:
         """Class of a request's cost.
@@ -141,9 +156,9 @@ class AutoChoice:
             self._contexts.popitem(last=False)
 
     def _expected(self, name: str, size: Size) -> float:
-        """Seconds; NaN where too little is known."""
-        mean = self._latencies.mean((name, size))
-        return math.nan if mean is None or self._latencies.weight((name, size)) < _MIN_WEIGHT else mean
+        """Seconds until an answer, were failed calls repeated; NaN where nothing was measured."""
+        failures = min(self._failures[name].mean or 0.0, _MOST_FAILURES)
+        return self._seconds.get((name, size), math.nan) / (1 - failures)
 
     @staticmethod
     def _first(name: str, names: list[str], expected: dict[str, float], why: str) -> Choice:

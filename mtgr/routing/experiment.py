@@ -38,6 +38,8 @@ class Arm:
             ConfigurationError: If one is out of range.
         """
         _check_name("arm", self.name)
+        if self.name == DEFAULT_ARM:
+            raise ConfigurationError(f"arm {self.name}: this name is of those who are in no arm; choose another one.")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigurationError(f"arm {self.name}: weight is {self.weight}; it must be 0 or more.")
         if self.strategy not in (AUTO, *STRATEGIES):
@@ -107,7 +109,9 @@ class Experiment:
         """The user's arm.
 
         Weighted rendezvous hashing (Schindelhauer and Schomaker, 2005): every arm draws a number for the user, and the
-        smallest one in proportion to the weight wins. When a weight changes, users move to or from that arm alone.
+        smallest one in proportion to the weight wins. When a weight changes, users move to or from that arm alone: as
+        few as possible. When several do, and shares differ by d in total variation, at most 2d / (1 + d) of the users
+        move, which cannot be improved on without knowing the old weights (Bavarian et al., 2016).
         """
         return min((arm for arm in self.arms if arm.weight > 0), key=lambda arm: self._draw(arm, user_id))
 

@@ -11,9 +11,16 @@ import numpy.typing as npt
 
 from mtgr.routing.batching import Arrays, Inference
 from mtgr.routing.breaker import CircuitBreaker
-from mtgr.routing.reasons import Reason, RefusedError
+from mtgr.routing.latency import LatencyTracker
+from mtgr.routing.reasons import EngineLostError, Reason, RefusedError
 
 Clock = Callable[[], float]
+
+# A call hangs if it takes so many times what nearly all calls of late took, but never before so many seconds.
+_PATIENCE = 20.0
+_PATIENCE_SECONDS = 1.5
+_KNOWN = 20  # calls, old ones counted in part, from which on that is known
+_HALF_LIFE = 60.0
 
 
 class GuardedInference:
@@ -22,10 +29,13 @@ class GuardedInference:
     The time limit is in here, not around it: from outside, a limit that passed looks like a caller who gave up, which
     no breaker may hold against the engine.
 
+    An engine that hangs would hold up whoever waits for it until the limit, so the limit follows what its batches took
+    of late; a call that exceeds it, or whose engine is lost, opens the breaker at once.
+
     Args:
         engines: What runs a batch.
         breaker: Gives a model's breaker.
-        timeout: Seconds for one batch.
+        timeout: Most seconds for one batch.
         clock: Gives seconds.
     """
 
@@ -40,6 +50,7 @@ class GuardedInference:
         self._breaker = breaker
         self._timeout = timeout
         self._clock = clock
+        self._latencies = LatencyTracker(_HALF_LIFE, clock=clock)
 
     async def infer(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """Run one batch.
@@ -52,16 +63,31 @@ class GuardedInference:
         if permit is None:
             raise RefusedError(breaker.refusal or f"{model} is left alone", Reason.BREAKER_OPEN)
         started = self._clock()
+        limit = self._limit(model)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(limit):
                 answer = await self._engines.infer(model, inputs, outputs)
         except asyncio.CancelledError:
             permit.cancel()
             raise
-        except BaseException as error:
-            permit.record(False, self._clock() - started)
-            if isinstance(error, TimeoutError):
-                raise RefusedError(f"{model} did not answer within {self._timeout:g} s", Reason.TIMED_OUT) from error
+        except TimeoutError as error:
+            permit.trip(f"a call that did not end within {limit:.2g} s")
+            raise RefusedError(f"{model} did not answer within {limit:.2g} s", Reason.TIMED_OUT) from error
+        except EngineLostError:
+            # Triton 2.51 never takes a stub back, and may itself die of calling one that has come to again.
+            permit.trip("its process was found to be gone", for_ever=True)
             raise
-        permit.record(True, self._clock() - started)
+        except BaseException:
+            permit.record(False, self._clock() - started)
+            raise
+        seconds = self._clock() - started
+        permit.record(True, seconds)
+        self._latencies.record(model, seconds)
         return answer
+
+    def _limit(self, model: str) -> float:
+        """Seconds for a call of this model."""
+        usual = self._latencies.percentile(model, 99)
+        if usual is None or self._latencies.weight(model) < _KNOWN:
+            return self._timeout
+        return min(self._timeout, max(_PATIENCE_SECONDS, _PATIENCE * usual))

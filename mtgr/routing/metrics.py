@@ -31,6 +31,11 @@ _DRIFTS = MetricSpec("mtgr_shadow_max_error", "Largest difference of a shadow's 
 _OVERLAP = MetricSpec(
     "mtgr_shadow_top_overlap", "Part of the ten best items that a shadow shares", buckets=(0.5, 0.9, 1.0)
 )
+_SPEARMAN = MetricSpec(
+    "mtgr_shadow_spearman",
+    "Rank correlation of a shadow's scores with the returned ones",
+    buckets=(0.9, 0.99, 0.999, 1.0),
+)
 _UNANSWERED = MetricSpec("mtgr_shadow_unanswered_total", "Shadow calls without an answer")
 _UNKNOWN = MetricSpec("mtgr_unknown_items_total", "Candidates that the model does not know")
 _SCORED = MetricSpec("mtgr_scored_items_total", "Candidates that were ranked")
@@ -109,6 +114,7 @@ class RouterMetrics(Observer):
             return
         self.registry.observe(_DRIFTS, drift.max_error)
         self.registry.observe(_OVERLAP, drift.overlap)
+        self.registry.observe(_SPEARMAN, drift.spearman)
 
     def report(self, policy: Policy, admission: Admission, reloads: int, refusals: int) -> None:
         """Bring what others keep into the registry."""

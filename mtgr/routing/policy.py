@@ -14,7 +14,7 @@ from mtgr.routing.breaker import BreakerConfig
 from mtgr.routing.choice import AutoConfig
 from mtgr.routing.config import RoutingConfig
 from mtgr.routing.experiment import DEFAULT_ARM, Arm, Experiment, Shadow
-from mtgr.settings import build, merged, read_yaml
+from mtgr.settings import build, read_yaml
 
 PROFILES = ("dev", "test", "prod")
 POLICY_VARIABLE = "MTGR_POLICY"
@@ -107,11 +107,13 @@ def load_profile(name: str) -> Policy:
     Raises:
         ConfigurationError: If there is none of this name.
     """
-    return _policy(_profile_values(name), f"profile {name}")
+    return _policy(read_yaml(profile_path(name)), f"profile {name}")
 
 
 def load_policy(path: Path) -> Policy:
     """A user's file: ``extends: prod`` names the profile that holds whatever the file does not say.
+
+    Sections are completed setting by setting; lists, weights of tasks, and arms are taken as they stand.
 
     Raises:
         ConfigurationError: If the file is missing or too large, is no YAML mapping, or has an unknown key or a wrong
@@ -120,8 +122,8 @@ def load_policy(path: Path) -> Policy:
     values = read_yaml(path)
     base = values.pop("extends", DEFAULT_PROFILE)
     if base not in PROFILES:
-        raise ConfigurationError(f"{path}: extends is {base!r}; it must be one of {', '.join(PROFILES)}.")
-    return _policy(merged(_profile_values(str(base)), values), str(path))
+        raise ConfigurationError(f"{path}: extends is {str(base)[:60]!r}; it must be one of {', '.join(PROFILES)}.")
+    return _policy(values, str(path), load_profile(str(base)))
 
 
 def policy_file(parameters: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> Path:
@@ -150,12 +152,8 @@ def profile_path(name: str) -> Path:
     return _DIRECTORY / f"{name}.yaml"
 
 
-def _profile_values(name: str) -> dict[str, Any]:
-    return read_yaml(profile_path(name))
-
-
-def _policy(values: Mapping[str, Any], source: str) -> Policy:
+def _policy(values: Mapping[str, Any], source: str, base: Policy | None = None) -> Policy:
     try:
-        return build(Policy, values)
+        return build(Policy, values, base)
     except ConfigurationError as error:
         raise ConfigurationError(f"{source}: {error}") from error

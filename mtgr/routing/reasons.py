@@ -35,6 +35,10 @@ class RefusedError(UnavailableError):
         self.reason = reason
 
 
+class EngineLostError(UnavailableError):
+    """The engine's process is gone, and no later call will find it."""
+
+
 def reason_of(error: BaseException) -> Reason:
     """The reason behind an exception, never its text."""
     if isinstance(error, RefusedError):

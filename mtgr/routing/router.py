@@ -17,12 +17,11 @@ from mtgr.routing.batching import Inference, ShapeBatcher
 from mtgr.routing.breaker import CircuitBreaker
 from mtgr.routing.choice import AutoChoice, Choice, Size
 from mtgr.routing.deadline import Deadline
-from mtgr.routing.experiment import uniform
 from mtgr.routing.guard import GuardedInference
 from mtgr.routing.observer import Observer
 from mtgr.routing.policy import Policy, load_profile
 from mtgr.routing.ranker import Arrays, Ranker, Ranking
-from mtgr.routing.reasons import reason_of
+from mtgr.routing.reasons import Reason, RefusedError, reason_of
 from mtgr.routing.shadow import drift
 from mtgr.routing.strategies import AUTO, STRATEGIES, Strategy
 from mtgr.schema import Schema
@@ -74,7 +73,10 @@ class Router:
         self._clock = clock
         self._breakers: dict[str, CircuitBreaker] = {}
         self._shadows: set[asyncio.Task[None]] = set()
-        self._apply(self.policy)
+        self._shadowed = 0.0  # how much of a shadow call is due
+        self._ranker = Ranker(schema, catalog, self.policy.routing)
+        self._choice = AutoChoice(self.policy.auto, clock)
+        self._callers = self._make_callers(self.policy)
 
     def update(self, policy: Policy) -> None:
         """Take a new policy for the requests to come; to be called in the event loop.
@@ -82,20 +84,22 @@ class Router:
         Raises:
             ConfigurationError: If a task weight names no task of the schema; then the old one stays.
         """
-        Ranker(self.schema, self.catalog, policy.routing)
-        changed = policy.breaker != self.policy.breaker
-        self.policy = policy
-        if changed:
-            self._breakers.clear()
-        self._apply(policy)
-
-    def _apply(self, policy: Policy) -> None:
-        routing = policy.routing
-        self._ranker = Ranker(self.schema, self.catalog, routing)
-        self._choice = AutoChoice(policy.auto, self._clock)
+        ranker, before = Ranker(self.schema, self.catalog, policy.routing), self.policy
+        self.policy, self._ranker = policy, ranker
         self.admission.config = policy.admission
+        # What was learned is kept where its settings did not change.
+        if policy.breaker != before.breaker:
+            self._breakers.clear()
+        if policy.auto != before.auto:
+            self._choice = AutoChoice(policy.auto, self._clock)
+        if (policy.routing, policy.admission) != (before.routing, before.admission):
+            self._callers = self._make_callers(policy)
+
+    def _make_callers(self, policy: Policy) -> dict[bool, ShapeBatcher]:
+        """For strategies that take padded rows, and for those that do not."""
+        routing = policy.routing
         guarded = GuardedInference(self.engines, self.breaker, routing.engine_timeout, self._clock)
-        self._callers = {
+        return {
             True: ShapeBatcher(guarded, routing.max_batch, routing.max_running, routing.max_tokens),
             False: ShapeBatcher(guarded, 1, policy.admission.max_concurrent, routing.max_tokens),
         }
@@ -144,6 +148,7 @@ class Router:
                 ranking = await self._serve(strategy, version, features, size)
             except UnavailableError as error:
                 reasons.append(f"{name}: {error}")
+                self._choice.failed(name)
                 failed = True
                 continue
             if name == "vllm":
@@ -152,10 +157,11 @@ class Router:
             self._shadow(features, ranking)
             return ranking
         if features.strategy == AUTO:
-            raise UnavailableError(
-                f"no engine is ready ({'; '.join(reasons)}); run `make export` and restart the server."
+            raise RefusedError(
+                f"no engine is ready ({'; '.join(reasons)}); run `make export` and restart the server.",
+                Reason.FAILED if failed else Reason.NOT_READY,
             )
-        raise UnavailableError(f"strategy {reasons[0]}.")
+        raise RefusedError(f"strategy {reasons[0]}.", Reason.FAILED if failed else Reason.NOT_READY)
 
     def _plan(self, features: Features, size: Size, retrieves: bool) -> tuple[Choice, int | None, list[str]]:
         """Strategies to try, the version of their models, and why others are left out."""
@@ -222,8 +228,10 @@ class Router:
         shadow = self.policy.shadow
         if shadow is None or not len(ranking.items) or len(self._shadows) >= _SHADOW_CALLS:
             return
-        if uniform("shadow", features.request_id or str(self._clock())) > shadow.share:
+        self._shadowed += shadow.share
+        if self._shadowed < 1:
             return
+        self._shadowed -= 1
         task = asyncio.get_running_loop().create_task(self._compare(features, ranking))
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)

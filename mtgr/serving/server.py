@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mtgr.errors import ConfigurationError, UnavailableError
+from mtgr.routing.drain import DRAIN_VARIABLE, drain
 from mtgr.serving.command import server_command
 from mtgr.serving.find import find_installation
 from mtgr.serving.log import excerpt, loaded_count, poll_failure, read_log
@@ -123,6 +124,8 @@ class TritonServer:
         self._tritonserver = tritonserver
         self._required_models = tuple(required_models)
         self._process: ServerProcess | None = None
+        self._state: tempfile.TemporaryDirectory[str] | None = None
+        self._ready = False
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -174,21 +177,35 @@ class TritonServer:
         atexit.register(self.stop)
         try:
             with self.log_path.open("wb") as log:
+                environment |= {DRAIN_VARIABLE: str(self._drain_file())}
                 self._process = ServerProcess(command, environment | self._environment, log)
             self._await_start()
             self._check_required()
+            self._ready = "mtgr_router" in self._required_models
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """End the server with its stubs and its shared memory; does nothing if it is not running."""
+        """End the server with its stubs and its shared memory; does nothing if it is not running.
+
+        Requests in flight are answered before, further ones refused: at SIGTERM tritonserver itself would fail them.
+        """
         process, self._process = self._process, None
         atexit.unregister(self.stop)
+        deadline = time.monotonic() + self._stop_timeout
         try:
             if process is not None:
-                process.stop(self._stop_timeout)
+                try:
+                    if process.exit_code() is None and self._ready:
+                        drain(self._drain_file(), self._stop_timeout)
+                finally:
+                    process.stop(max(0.0, deadline - time.monotonic()))
         finally:
+            self._ready = False
+            if self._state is not None:
+                self._state.cleanup()
+                self._state = None
             if self._log is None and self.log_path is not None:
                 self.log_path.unlink(missing_ok=True)
 
@@ -221,6 +238,12 @@ class TritonServer:
                 reason = poll_failure(text, entry["name"])
             statuses.append(ModelStatus(entry["name"], entry.get("version", ""), entry.get("state", ""), reason))
         return statuses
+
+    def _drain_file(self) -> Path:
+        """What tells the router to drain, in a directory that lives as long as the server."""
+        if self._state is None:
+            self._state = tempfile.TemporaryDirectory(prefix="mtgr-")
+        return Path(self._state.name) / "drain"
 
     def _running(self) -> ServerProcess:
         if self._process is None:
@@ -262,6 +285,9 @@ class TritonServer:
             # An engine that fails leaves the door up, and the door says why.
             "--exit-on-error=false",
             "--strict-readiness=false",
+            # A caller's trace context reaches the models, whose log lines carry its id.
+            "--grpc-header-forward-pattern=traceparent",
+            "--http-header-forward-pattern=(?i)traceparent",
         ]
         if "--strict-model-config" not in given:
             # The configs are complete, and completing one costs a start of the model's stub and its imports.

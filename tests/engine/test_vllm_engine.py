@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from mtgr import OptimizedInferencePipeline, PipelineConfig, VLLMEngine, VLLMEng
 from mtgr.bundle import STORE_FILE, stage_bundle
 from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mtgr.client.types import History, Recommendation
+from mtgr.engines.vllm_rows import VLLMRowEngine
 from mtgr.errors import InvalidRequestError, UnavailableError
 from mtgr.features.sqlite import write_store
 from mtgr.features.store import UserRecord
@@ -134,7 +136,7 @@ def test_candidates_are_ranked(
     assert_same(found, reference.infer_recommendations(USERS[0], candidates=candidates, request_time=NOW))
 
 
-@pytest.mark.parametrize("behaviors", [[(1, 2)], [{"item": 1, "action": 0}], [("a", 0, 0)], [(1.5, 0, 0)]])
+@pytest.mark.parametrize("behaviors", [[(1, 2)], [{"item": 1, "action": 0}], [("a", 0, 0)], [(1.5, 0, 0)], [1], "abc"])
 def test_behaviors_without_their_parts_are_refused(
     engine: VLLMEngine, loop: asyncio.AbstractEventLoop, behaviors: list[object]
 ) -> None:
@@ -142,6 +144,46 @@ def test_behaviors_without_their_parts_are_refused(
         InvalidRequestError, match=r"user_behaviors\[0\] is .*; it must be an item, an action and a time"
     ):
         loop.run_until_complete(engine.generate_recommendations("ann", behaviors))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("event", "name"), [((1 << 70, 0, 0), "items"), ((13, 1 << 32, 0), "actions")])
+def test_numbers_that_do_not_fit_are_refused(
+    engine: VLLMEngine, loop: asyncio.AbstractEventLoop, event: tuple[int, int, int], name: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=f"history_{name} has an integer that does not fit"):
+        loop.run_until_complete(engine.generate_recommendations("ann", [event], request_time=NOW))
+
+
+def test_who_gives_up_at_the_start_leaves_one_engine(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[Path] = []
+    start = VLLMRowEngine.start
+
+    async def counted(version_directory: Path, threads: int = 1) -> VLLMRowEngine:
+        starts.append(version_directory)
+        return await start(version_directory, threads)
+
+    monkeypatch.setattr(VLLMRowEngine, "start", counted)
+    others = set(multiprocessing.active_children())
+
+    async def give_up_and_ask_again(engine: VLLMEngine) -> Recommendation:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.generate_recommendations(USERS[0], request_time=NOW), 0.5)
+        return await engine.generate_recommendations(USERS[0], request_time=NOW)
+
+    async def live() -> None:
+        engine = VLLMEngine(VLLMEngineConfig(repository))
+        assert (await give_up_and_ask_again(engine)).strategy == "vllm"
+        assert len(starts) == 1
+        assert set(multiprocessing.active_children()) > others
+        await engine.close()
+        assert set(multiprocessing.active_children()) == others
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.start(), 0.5)
+        await engine.close()
+        assert len(starts) == 2
+        assert set(multiprocessing.active_children()) == others
+
+    asyncio.run(live())
 
 
 def test_without_an_export_the_sentence_says_what_to_run(repository: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mtgr.errors import ConfigurationError, UnavailableError
 from mtgr.routing.batching import Arrays, ShapeBatcher
 from mtgr.routing.breaker import BreakerConfig, CircuitBreaker, Permit, State
 from mtgr.routing.guard import GuardedInference
-from mtgr.routing.reasons import Reason, RefusedError
+from mtgr.routing.reasons import EngineLostError, Reason, RefusedError
 from tests.unit.virtual_time import run_virtual
 
 CONFIG = BreakerConfig(
@@ -90,19 +90,23 @@ class BreakerMachine(RuleBasedStateMachine):
             self.calls.append((found, len(self.changes)))
 
     @precondition(lambda self: self.calls)
-    @rule(data=st.data(), end=st.sampled_from(("ok", "failed", "slow", "cancelled")))
+    @rule(data=st.data(), end=st.sampled_from(("ok", "ok", "failed", "failed", "slow", "cancelled", "lost")))
     def end(self, data: st.DataObject, end: str) -> None:
         found, era = self.calls.pop(data.draw(st.integers(0, len(self.calls) - 1)))
         state, changes = self.breaker.state, len(self.changes)
         if end == "cancelled":
             found.cancel()
+        elif end == "lost":
+            found.trip("its process is gone")
         else:
             found.record(end != "failed", 2.5 if end == "slow" else 0.1)
         found.record(False, 0.1)  # a second word about the same call says nothing
-        failed = end in ("failed", "slow")
+        failed = end in ("failed", "slow", "lost")
         expected: list[State] = []
         if era == changes and end != "cancelled":
-            if state is State.HALF_OPEN:
+            if end == "lost":
+                expected = [State.OPEN]
+            elif state is State.HALF_OPEN:
                 expected = [State.OPEN if failed else State.CLOSED]
             else:
                 self.ends.append((self.clock.now, failed))
@@ -262,15 +266,18 @@ def test_bad_settings_are_refused(bad: dict[str, float]) -> None:
 
 
 class Engine:
-    """Does as it is told: "ok", "fail", or "hang"."""
+    """Does as it is told: "ok", "fail", "hang", or "lost"."""
 
     def __init__(self) -> None:
         self.mode = "ok"
+        self.seconds = 0.01
         self.calls = 0
 
     async def infer(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         self.calls += 1
-        await asyncio.sleep(1e6 if self.mode == "hang" else 0.01)
+        await asyncio.sleep(1e6 if self.mode == "hang" else self.seconds)
+        if self.mode == "lost":
+            raise EngineLostError("the stub is not there")
         if self.mode == "fail":
             raise UnavailableError("out of memory")
         return {"y": inputs["x"]}
@@ -312,10 +319,37 @@ def test_an_engine_that_hangs_behind_the_batcher_opens_its_breaker() -> None:
         engine, breaker, engines = guarded()
         batcher = ShapeBatcher(engines, max_running=2)
         engine.mode = "hang"
-        for _ in range(3):
-            assert await ask(batcher) == Reason.TIMED_OUT
+        assert await ask(batcher) == Reason.TIMED_OUT
         assert breaker.state is State.OPEN
+        assert breaker.cause == "a call that did not end within 1 s"
         assert await ask(batcher) == Reason.BREAKER_OPEN
+
+    run_virtual(check())
+
+
+def test_an_engine_whose_process_is_gone_is_left_alone_at_once() -> None:
+    async def check() -> None:
+        engine, breaker, engines = guarded()
+        engine.mode = "lost"
+        assert await ask(engines) == "the stub is not there"
+        assert breaker.state is State.OPEN
+        assert await ask(engines) == Reason.BREAKER_OPEN
+        assert engine.calls == 1
+
+    run_virtual(check())
+
+
+def test_a_hang_is_known_from_what_calls_took_of_late() -> None:
+    async def check() -> None:
+        clock = asyncio.get_running_loop().time
+        engine, _, engines = guarded(timeout=60.0)
+        for pause in [0.2] * 3 + [0.01] * 97:  # the slowest ones say what may be, not the quickest
+            engine.seconds = pause
+            assert await ask(engines) == "ok"
+        engine.mode = "hang"
+        before = clock()
+        assert await ask(engines) == Reason.TIMED_OUT
+        assert 4.0 <= clock() - before <= 5.5
 
     run_virtual(check())
 

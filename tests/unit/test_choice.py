@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from mtgr.errors import ConfigurationError
@@ -89,6 +91,64 @@ def test_an_engine_that_becomes_slow_is_left_and_one_that_recovers_is_found() ->
     speed["tensorrt"] = 0.002
     serve(1600)  # its slow answers have to fade
     assert serve(200)["tensorrt"] >= 150
+
+
+def test_the_slowest_engine_is_found_out_before_it_serves_many() -> None:
+    for gap in (0.01, 1.0, 60.0):  # whether there is much traffic or hardly any
+        clock = Clock()
+        auto = choice(clock, explore=0.01)
+        speed = {"tensorrt": 0.5, "onnx": 0.01}
+        slow = 0
+        for _ in range(300):
+            name = auto.choose(tuple(speed), SMALL).order[0]
+            slow += name == "tensorrt"
+            auto.answered(name, SMALL, speed[name])
+            clock.advance(gap)
+        assert slow <= 15
+
+
+def test_what_was_measured_outlives_a_quiet_hour() -> None:
+    clock = Clock()
+    auto = choice(clock)
+    measure(auto, tensorrt=90, onnx=10)
+    clock.advance(3600)
+    assert auto.choose(ORDER, SMALL).order[0] == "onnx"
+
+
+def test_an_engine_that_fails_often_counts_as_slower() -> None:
+    clock = Clock()
+    auto = choice(clock)
+    measure(auto, tensorrt=6, onnx=10)
+    for _ in range(10):  # ten of twenty
+        auto.failed("tensorrt")
+    assert auto.choose(ORDER, SMALL).order[0] == "onnx"
+    clock.advance(120)  # long ago
+    assert auto.choose(ORDER, SMALL).order[0] == "tensorrt"
+
+
+def test_an_engine_that_never_answers_is_a_number_all_the_same() -> None:
+    clock = Clock()
+    auto = choice(clock)
+    measure(auto, onnx=10)
+    clock.advance(3600)  # of its answers nothing counts any more
+    auto.failed("onnx")
+    assert auto.choose(("onnx", "baseline"), SMALL).order == ("onnx", "baseline")
+
+
+def test_the_same_history_leads_to_the_same_choices() -> None:
+    def run() -> list[tuple[str, ...]]:
+        auto, generator, chosen = choice(explore=0.05), random.Random(0), []
+        for _ in range(500):
+            size = generator.choice([SMALL, (2, 2, True)])
+            ready = generator.sample(ORDER, generator.randint(0, 4))
+            order = auto.choose(ready, size).order
+            assert sorted(order) == sorted(ready)
+            chosen.append(order)
+            if order:
+                auto.answered(order[0], size, generator.uniform(0.001, 0.1))
+        return chosen
+
+    assert run() == run()
 
 
 def test_exploring_is_rare_and_reaches_every_engine() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from mtgr.features.settings import feature_settings
 from mtgr.routing.deadline import Deadline, time_limit
 from mtgr.routing.policy import policy_file
 from mtgr.routing.reload import PolicyFile
+from mtgr.tracing import request_name, trace_of
 from mtgr.triton_metrics import MetricReporter
 
 INPUTS = (
@@ -29,8 +31,6 @@ INPUTS = (
     "strategy",
     "top_k",
 )
-
-MAX_ID = 128  # characters of a request's id that go on into logs
 
 
 class TritonPythonModel:
@@ -89,12 +89,16 @@ class TritonPythonModel:
             if tensor is not None:
                 tensors[name] = tensor.as_numpy()
         try:
+            started = time.perf_counter()
             seconds = time_limit(request.timeout(), self.policy.current.deadline_seconds)
+            trace = trace_of(json.loads(request.parameters() or "{}"))
             features = dataclasses.replace(
                 self.extractor.extract(tensors),
                 deadline_ms=Deadline.after(seconds).unix_ms(),
-                request_id=request.request_id()[:MAX_ID],
+                request_id=request_name(request.request_id()),
+                trace="" if trace is None else trace.header(),
             )
+            self.metrics.stage("features", time.perf_counter() - started)
         except InvalidRequestError as error:
             return _error(str(error), pb_utils.TritonError.INVALID_ARG)
         except UnavailableError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,14 @@ import triton_python_backend_utils as pb_utils
 from mtgr.bundle import load_bundle
 from mtgr.errors import ConfigurationError, RequestTimeoutError, UnavailableError
 from mtgr.features.extract import Features
+from mtgr.logs import EventLog
 from mtgr.metrics import MetricRegistry
-from mtgr.routing.metrics import RouterMetrics
+from mtgr.routing.drain import DRAIN_VARIABLE, DrainWatch
+from mtgr.routing.journal import Journal
 from mtgr.routing.policy import policy_file
+from mtgr.routing.ranker import Ranker
 from mtgr.routing.readiness import artifact_problem, split_version
+from mtgr.routing.reasons import EngineLostError
 from mtgr.routing.reload import PolicyFile
 from mtgr.routing.router import Router
 from mtgr.routing.strategies import STRATEGIES
@@ -24,6 +29,7 @@ from mtgr.triton_metrics import MetricReporter
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 CALLS = 512  # of engines at a time, over all requests
+LOST = "is not healthy"  # what Triton says of a stub that died, after a second of waiting for it
 READINESS_SECONDS = 1.0  # how long a model's readiness is taken to hold
 
 
@@ -46,11 +52,15 @@ class TritonPythonModel:
         try:
             bundle = load_bundle(repository)
             engines = BLSEngines(repository, bundle.schema.hash)
-            self.metrics = RouterMetrics(MetricRegistry(), bundle.schema.item_column)
+            self.metrics = Journal(MetricRegistry(), bundle.schema.item_column)
+            self.metrics.log = event_log(self.policy.current)
+            self.policy.check = lambda policy: Ranker(bundle.schema, bundle.catalog, policy.routing)
             self.router = Router(bundle.schema, bundle.catalog, engines, self.policy.current, self.metrics)
             self.reporter = MetricReporter(pb_utils, self._changes)
         except ConfigurationError as error:
             self.problem = str(error)
+        path = os.environ.get(DRAIN_VARIABLE)
+        self.drain_watch = DrainWatch(Path(path), self._drain, self._idle) if path else None
 
     def execute(self, requests):
         """Schedule the requests and return at once."""
@@ -64,29 +74,29 @@ class TritonPythonModel:
                 # Inputs are copied here: Triton takes their memory back when execute returns.
                 asyncio.run_coroutine_threadsafe(self._answer(_features(request), sender), self.loop)
 
+    def _drain(self):
+        """Refuse what comes from now on: the server is about to stop."""
+        if self.router is not None:
+            self.loop.call_soon_threadsafe(self.router.admission.drain)
+
+    def _idle(self):
+        return self.router is None or (self.router.admission.draining and self.router.admission.idle)
+
     def _changes(self):
         """Once a second: take a changed policy over, and give what is to be reported."""
         if self.policy.poll():
             pb_utils.Logger.log_warn(f"router: {self.policy.problem or f'{self.policy.path} is in force.'}")
-            self.loop.call_soon_threadsafe(self._update, self.policy.current)
+            if self.policy.problem is None:
+                self.metrics.log = event_log(self.policy.current)
+                self.loop.call_soon_threadsafe(self.router.update, self.policy.current)
         self.metrics.report(self.policy.current, self.router.admission, self.policy.reloads, self.policy.refusals)
+        self.metrics.log.flush()
         changes = self.metrics.registry.changes()
         return changes if self.policy.current.monitoring else []
 
-    def _update(self, policy):
-        try:
-            self.router.update(policy)
-        except ConfigurationError as error:
-            pb_utils.Logger.log_error(f"router: {error} The policy of before stays in force.")
-
     async def _answer(self, features, sender):
         try:
-            ranking = await self.router.route(features)
-            if self.policy.current.log.level == "debug":
-                pb_utils.Logger.log_info(
-                    f"router: {features.request_id or '-'} {ranking.strategy}: {ranking.explanation}"
-                )
-            response = _response(ranking)
+            response = _response(await self.router.route(features))
         except (UnavailableError, RequestTimeoutError) as error:
             response = _error(str(error), pb_utils.TritonError.UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
@@ -102,6 +112,8 @@ class TritonPythonModel:
             if rest:
                 await asyncio.wait(rest, timeout=10)
 
+        if self.drain_watch is not None:
+            self.drain_watch.stop()
         if self.router is not None:
             self.reporter.stop()
         asyncio.run_coroutine_threadsafe(drain(), self.loop).result()
@@ -148,8 +160,15 @@ class BLSEngines:
         )
         response = await request.async_exec()
         if response.has_error():
-            raise UnavailableError(f"{model} failed: {response.error().message()}")
+            message = response.error().message().rstrip(".")
+            kind = EngineLostError if LOST in message else UnavailableError
+            raise kind(f"{model} failed: {message}")
         return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
+
+
+def event_log(policy):
+    """The log that a policy wants."""
+    return EventLog(policy.log.level, policy.log.json)
 
 
 def _features(request):
