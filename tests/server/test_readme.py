@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mtgr.routing.policy import load_policy
 from mtgr.serving.server import TritonServer
 from tests.conftest import ROOT
 from tests.unit.redis_server import RedisServer
@@ -72,6 +73,14 @@ def test_store_commands_run(model_repository: Path, tmp_path: Path, monkeypatch:
     assert loaded.startswith("943 users")
     assert appended == "user 196: 1 event appended\n"
     assert "item 50" in shown.splitlines()[-1]
+
+
+def test_the_policy_is_one(tmp_path: Path) -> None:
+    (example,) = blocks("yaml")
+    (tmp_path / "policy.yaml").write_text(example, encoding="utf-8")
+    policy = load_policy(tmp_path / "policy.yaml")
+    assert policy.experiment is not None
+    assert policy.shadow is not None
 
 
 def test_python_examples_run(server: TritonServer, model_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
