@@ -30,7 +30,8 @@ class AdmissionConfig:
         max_queue: Most requests that wait.
         shedding: Whether requests are refused that could not be answered in time, and the limit follows what service
             takes; otherwise only the two bounds above hold.
-        min_limit: Requests that may run at a time at first; the limit never falls below this.
+        initial_limit: Requests that may run at a time before it is known how long they take.
+        min_limit: The least that this falls to.
         service_share: Part of the usual time limit that service may take before fewer run at a time.
         safety: Part of the time left that expected waiting and service together may fill.
         max_wait: Seconds of expected waiting that a queue may stand at; a burst may wait longer, till its deadlines.
@@ -40,6 +41,7 @@ class AdmissionConfig:
     max_concurrent: int = 256
     max_queue: int = 1024
     shedding: bool = True
+    initial_limit: int = 8
     min_limit: int = 4
     service_share: float = 0.5
     safety: float = 0.7
@@ -52,7 +54,7 @@ class AdmissionConfig:
         Raises:
             ConfigurationError: If a value is out of range.
         """
-        for name, least in (("max_concurrent", 1), ("max_queue", 0), ("min_limit", 1)):
+        for name, least in (("max_concurrent", 1), ("max_queue", 0), ("initial_limit", 1), ("min_limit", 1)):
             if getattr(self, name) < least:
                 raise ConfigurationError(f"admission: {name} is {getattr(self, name)}; it must be at least {least}.")
         for name in ("service_share", "safety"):
@@ -93,7 +95,7 @@ class Admission:
         self._clock = clock
         self._queue: OrderedDict[asyncio.Future[None], Deadline] = OrderedDict()
         self._queued_since = math.inf
-        self._limit = float(min(self.config.min_limit, self.config.max_concurrent))
+        self._limit = float(min(self.config.initial_limit, self.config.max_concurrent))
         self._decreased = -math.inf
         self._usual_seconds = math.inf
         self._service = MovingAverage(self.config.half_life, clock)

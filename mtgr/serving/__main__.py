@@ -10,7 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 from mtgr.errors import MTGRError
+from mtgr.routing.policy import PROFILE_VARIABLE, PROFILES
 from mtgr.serving.launcher import install_launcher
+from mtgr.serving.management import HTTP_HEADER, OPEN_PROFILE, RestrictedServer, admin_key, serving_profile
 from mtgr.serving.report import format_reports, strategy_reports
 from mtgr.serving.server import TritonServer
 
@@ -39,21 +41,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    with TritonServer(
-        options.model_repository,
-        host=options.host,
-        http_port=options.http_port,
-        grpc_port=options.grpc_port,
-        metrics_port=options.metrics_port,
-        extra_args=options.extra_args,
-        log=options.log,
-        startup_timeout=options.startup_timeout,
-        tritonserver=options.tritonserver,
-    ) as server:
+    profile = serving_profile(options.profile)
+    settings = {
+        "host": options.host,
+        "http_port": options.http_port,
+        "grpc_port": options.grpc_port,
+        "metrics_port": options.metrics_port,
+        "extra_args": options.extra_args,
+        "environment": {PROFILE_VARIABLE: options.profile} if options.profile else {},
+        "log": options.log,
+        "startup_timeout": options.startup_timeout,
+        "tritonserver": options.tritonserver,
+    }
+    server: TritonServer
+    if options.allow_management or profile == OPEN_PROFILE:
+        management = "open to every caller"
+        server = TritonServer(options.model_repository, **settings)
+    else:
+        key = admin_key()
+        management = f"restricted, header {HTTP_HEADER}" + (f": {key}" if options.show_admin_key else "")
+        server = RestrictedServer(options.model_repository, key=key, **settings)
+    with server:
         print(f"gRPC     {server.grpc_url}")
         print(f"HTTP     {server.http_url}")
         print(f"metrics  {server.metrics_url}")
         print(f"log      {server.log_path}")
+        print(f"profile  {profile}, management {management}")
         print()
         print(format_reports(strategy_reports(server.model_repository, server.models())), flush=True)
         server.wait()
@@ -68,6 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics-port", type=_port, default=8002)
     parser.add_argument("--tritonserver", type=Path, help="the executable (default: MTGR_TRITONSERVER, or found)")
     parser.add_argument("--log", type=Path, help="file for the server's output (default: a temporary one)")
+    parser.add_argument(
+        "--profile", choices=PROFILES, help="of the policy (default: MTGR_POLICY, MTGR_PROFILE, or prod)"
+    )
+    parser.add_argument(
+        "--allow-management",
+        action="store_true",
+        help="ask no key for model loading, shared memory, trace and log settings (as in the profile dev)",
+    )
+    parser.add_argument(
+        "--show-admin-key", action="store_true", help="print that key (of MTGR_ADMIN_KEY, its _FILE, or made up)"
+    )
     parser.add_argument("--startup-timeout", type=float, default=300.0, metavar="SECONDS")
     parser.add_argument(
         "--install-launcher", action="store_true", help="write the command `tritonserver` into this environment"

@@ -13,6 +13,9 @@ from mtgr.errors import ConfigurationError
 from mtgr.serving.assemble import assemble_backends, python_version, stub_python_version
 from mtgr.serving.find import Installation
 
+# The key of the management endpoints (see mtgr.serving.management) is the launcher's; models have no use for it.
+ADMIN_KEY_VARIABLE = "MTGR_ADMIN_KEY"
+
 _MAX_THREADS = 4
 
 
@@ -43,6 +46,7 @@ def server_environment(
         ConfigurationError: If the wheel's Python stub cannot run with this interpreter or its packages.
     """
     env = dict(os.environ if environ is None else environ)
+    env.pop(ADMIN_KEY_VARIABLE, None)
     if installation.bundled:
         _check_numpy()
         paths = [_libpython_directory(), *map(str, installation.libraries)]

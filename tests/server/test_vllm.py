@@ -44,8 +44,12 @@ def repository(model_repository: Path, checkpoint: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[TritonServer]:
-    with TritonServer(repository, stop_timeout=10) as running:  # with a dead stub it does not end by itself
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Whoever overtakes does so in front of vLLM: the door admits a crowd at once, before it knows how long it takes."""
+    policy = tmp_path_factory.mktemp("policy") / "policy.yaml"
+    policy.write_text("admission: { initial_limit: 64 }", encoding="utf-8")
+    environment = {"MTGR_POLICY": str(policy)}
+    with TritonServer(repository, environment=environment, stop_timeout=10) as running:
         yield running
 
 
@@ -247,23 +251,23 @@ def test_a_batch_of_users_at_once(server: TritonServer, repository: Path, rng: G
         assert items[1].tolist() == direct.infer("mtgr_vllm", tensors(context=second)).as_numpy("items")[0].tolist()
 
 
-def engine_processes(repository: Path) -> list[int]:
-    """The engine core and its worker, children of the model's stub."""
+def engine_process(repository: Path) -> int:
+    """The engine's one process, a child of the model's stub."""
 
     def pgrep(*options: str) -> list[str]:
         return subprocess.run(["pgrep", *options], capture_output=True, text=True, check=False).stdout.split()
 
     stub, *_ = pgrep("-f", f"triton_python_backend_stub {repository}/mtgr_vllm/")
     (core,) = (pid for pid in pgrep("-P", stub) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    return [int(core), *map(int, pgrep("-P", core))]
+    assert pgrep("-P", core) == []
+    return int(core)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["engine", "worker"])
 def test_an_engine_that_dies_is_named_and_comes_back(
-    server: TritonServer, client: MTGRClient, repository: Path, which: int
+    server: TritonServer, client: MTGRClient, repository: Path
 ) -> None:
     restarts = metric(server, "mtgr_vllm_restarts_total")
-    kill(engine_processes(repository)[which], signal.SIGKILL)
+    kill(engine_process(repository), signal.SIGKILL)
     reasons: list[str] = []
     deadline = time.monotonic() + 90
     while True:
@@ -281,7 +285,8 @@ def test_an_engine_that_dies_is_named_and_comes_back(
                 assert metric(server, "mtgr_vllm_up") == 0
         assert time.monotonic() < deadline, "it did not come back"
         time.sleep(0.2)
-    assert all("vLLM's engine has ended" in reason for reason in reasons)
+    assert all("vLLM's engine has ended" in reason or "mtgr_vllm is left alone" in reason for reason in reasons)
+    assert any("vLLM's engine has ended" in reason for reason in reasons)
     assert_same(client.recommend("196", strategy="baseline", request_time=REQUEST_TIME), found, tolerance=2e-5)
     assert metric(server, "mtgr_vllm_restarts_total") == restarts + 1
     assert metric(server, "mtgr_vllm_up") == 1
@@ -289,12 +294,11 @@ def test_an_engine_that_dies_is_named_and_comes_back(
 
 def test_nothing_is_left_when_the_stub_is_killed(server: TritonServer, client: MTGRClient, repository: Path) -> None:
     """Last: this server has no vllm afterwards."""
-    processes = engine_processes(repository)
-    assert len(processes) == 2
+    process = engine_process(repository)
     subprocess.run(["pkill", "-9", "-f", f"triton_python_backend_stub {repository}/mtgr_vllm/"], check=True)
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in processes):
-        assert time.monotonic() < deadline, "vLLM's processes outlived the model that started them"
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline, "vLLM's process outlived the model that started it"
         time.sleep(0.1)
     answer = client.recommend("196", request_time=REQUEST_TIME)
-    assert (answer.strategy, answer.labels) == ("onnx", ("fallback",))
+    assert answer.strategy in ("onnx", "baseline")

@@ -185,7 +185,7 @@ def test_without_shedding_the_promises_break() -> None:
 
 
 def test_a_limit_that_does_not_follow_the_engine_breaks_them_too() -> None:
-    fixed = AdmissionConfig(min_limit=256, max_concurrent=256)
+    fixed = AdmissionConfig(initial_limit=256, min_limit=256, max_concurrent=256)
     assert "goodput" in problems(overload(SimulatedEngine(0.05, 0.04), 1.0, fixed))
 
 
@@ -221,7 +221,7 @@ def test_requests_with_hardly_any_time_do_not_lower_the_limit_of_others() -> Non
 def test_a_refusal_is_immediate_and_says_why() -> None:
     async def check() -> None:
         clock = asyncio.get_running_loop().time
-        admission = Admission("mtgr_onnx", AdmissionConfig(max_concurrent=1, min_limit=1), clock)
+        admission = Admission("mtgr_onnx", AdmissionConfig(max_concurrent=1), clock)
         gate = asyncio.Event()
 
         async def hold(seconds: float) -> None:
@@ -370,7 +370,7 @@ def test_no_place_is_lost_or_given_twice(
 ) -> None:
     async def check() -> None:
         loop = asyncio.get_running_loop()
-        config = AdmissionConfig(max_concurrent=most, max_queue=queue, shedding=shedding, min_limit=1)
+        config = AdmissionConfig(max_concurrent=most, max_queue=queue, shedding=shedding, initial_limit=1, min_limit=1)
         admission = Admission("m", config, loop.time)
         inside = 0
         started: list[float] = []
