@@ -1,6 +1,6 @@
 """Who may manage a server: outside the profile ``dev`` its management endpoints ask for a key.
 
-Triton calls the endpoints protocols (gRPC) and APIs (HTTP); see ``docs/security.md`` for what each could do to a server.
+``docs/security.md`` says what each of them could do to a server. Triton calls them protocols (gRPC) and APIs (HTTP).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def serving_profile(chosen: str | None, environment: Mapping[str, str] = os.envi
         environment: Where ``MTGR_POLICY`` and ``MTGR_PROFILE`` are looked up.
 
     Raises:
-        ConfigurationError: If there is no such profile, the policy is wrong, or it is of another profile than ``chosen``.
+        ConfigurationError: If there is no such profile, or the policy is wrong or of another profile than ``chosen``.
     """
     given = dict(environment) if chosen is None else {**environment, PROFILE_VARIABLE: chosen}
     path = policy_file({}, given)

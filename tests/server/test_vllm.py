@@ -45,7 +45,7 @@ def repository(model_repository: Path, checkpoint: Path, tmp_path_factory: pytes
 
 @pytest.fixture(scope="module")
 def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Whoever overtakes does so in front of vLLM: the door admits a crowd at once, before it knows how long it takes."""
+    """Whoever overtakes does so in front of vLLM: this door admits a crowd before it knows how long that takes."""
     policy = tmp_path_factory.mktemp("policy") / "policy.yaml"
     policy.write_text("admission: { initial_limit: 64 }", encoding="utf-8")
     environment = {"MTGR_POLICY": str(policy)}
