@@ -1,0 +1,287 @@
+"""``python -m perf.vllm_gpu``: the vllm strategy on a GPU - parity, cold against warm by preset, overhead, throughput.
+
+Each section writes its raw samples to a file of its own as soon as it is done, so that a run that is cut off loses one
+section; with ``--resume`` sections that have a file are left out. Random networks: no trained checkpoint of these sizes
+exists, and time does not depend on weights.
+
+    python -m perf.vllm_gpu --out "$OUT"                                  # everything
+    python -m perf.vllm_gpu --out "$OUT" --section parity --preset small  # early: does it run, is it right
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from export.rows import random_rows
+from export.vllm import write_folder
+from mtgr.checkpoint import Checkpoint
+from mtgr.config import preset, preset_names
+from mtgr.engines.vllm_rows import VLLMRowEngine
+from mtgr.engines.vllm_settings import SETTINGS_FILE, VLLMSettings
+from perf.floors import floor
+from perf.record import describe
+from perf.synthetic import synthetic_checkpoint
+
+Rows = npt.NDArray[np.int32]
+User = tuple[Rows, Rows]
+
+CONTEXTS = (256, 512, 1024, 2048)
+CANDIDATES = 256
+ROUNDS = 15
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the sections; 0 if all ran, 1 if one failed, which does not keep the others from running."""
+    parser = argparse.ArgumentParser(prog="python -m perf.vllm_gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for results")
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="may be repeated")
+    parser.add_argument("--preset", action="append", choices=preset_names(), help="of parity and crossover")
+    parser.add_argument("--context", type=int, action="append", help="tokens, of crossover")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--graphs", action="store_true", help="capture CUDA graphs")
+    parser.add_argument("--users", type=int, default=2000, help="of throughput")
+    parser.add_argument("--concurrency", type=int, default=256, help="of throughput")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of throughput")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for name in options.section or list(SECTIONS):
+        for variant in SECTIONS[name][1](options):
+            path = options.out / f"vllm-{name}{f'-{variant}' if variant else ''}.json"
+            if options.resume and path.exists():
+                continue
+            print(f"== {name} {variant}", flush=True)
+            start = time.perf_counter()
+            try:
+                result = asyncio.run(SECTIONS[name][0](options, variant))
+            except Exception as error:  # noqa: BLE001 - the next section may go well
+                print(f"   failed: {type(error).__name__}: {error}", flush=True)
+                failed = True
+                continue
+            path.write_text(json.dumps(describe(options.seed) | {"gpu": _gpu()} | result, indent=1), encoding="utf-8")
+            print(f"   {time.perf_counter() - start:.0f} s, {path}", flush=True)
+    return int(failed)
+
+
+async def parity(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """fp32 within 1e-5 of PyTorch; low precision within twice PyTorch's own error (DESIGN, "equal")."""
+    found: dict[str, Any] = {}
+    model = checkpoint(name, options.seed, torch.float32)
+    users = [rows(model, length, 64, options.seed) for length in (7, 130, 512, 900)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = model.model.to(device)
+
+    def dense(user: User) -> npt.NDArray[np.float32]:
+        with torch.inference_mode():
+            context, candidates = (torch.from_numpy(part)[None].to(device) for part in user)
+            return network(context, candidates)[0].float().cpu().numpy()
+
+    wanted = [dense(user) for user in users]
+    for dtype in ("float32", "bfloat16", "float16"):
+        network = network.to(getattr(torch, dtype))
+        native = max(float(np.abs(dense(user) - one).max()) for user, one in zip(users, wanted, strict=True))
+        network = network.to(torch.float32)
+        async with Engine(model, options, dtype) as engine:
+            worst = {"cold": 0.0, "warm": 0.0}
+            for user, one in zip(users, wanted, strict=True):
+                for state in worst:
+                    worst[state] = max(worst[state], float(np.abs(await engine.rank(*user) - one).max()))
+        bound = 1e-5 if dtype == "float32" else 2 * native
+        found[dtype] = {"max_error": worst, "pytorch": native, "bound": bound, "holds": max(worst.values()) <= bound}
+        print(f"   {dtype}: {worst}, bound {bound:.2e}", flush=True)
+    return {"preset": name, "spread": float(np.mean([one.std(axis=0).mean() for one in wanted])), "parity": found}
+
+
+async def crossover(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Milliseconds of first and second requests by context, one at a time, with the floor of each."""
+    model = checkpoint(name, options.seed, getattr(torch, options.dtype))
+    table = []
+    async with Engine(model, options, options.dtype) as engine:
+        for context in options.context or CONTEXTS:
+            samples: dict[str, list[float]] = {"cold": [], "warm": []}
+            for index in range(-2, ROUNDS):
+                context_rows, first = rows(model, context, CANDIDATES, options.seed + 1000 * context + index)
+                second = first.copy()
+                second[:, model.schema.item_column] = np.roll(first[:, model.schema.item_column], 1)
+                for state, candidates in (("cold", first), ("warm", second)):
+                    seconds = await _timed(lambda part=candidates, whole=context_rows: engine.rank(whole, part))
+                    if index >= 0:
+                        samples[state].append(1e3 * seconds)
+            cached = context // engine.settings.block_size * engine.settings.block_size
+            floors = {
+                "cold": floor(model.config, context, CANDIDATES).milliseconds,
+                "warm": floor(model.config, context, CANDIDATES, cached).milliseconds,
+            }
+            medians = {state: statistics.median(values) for state, values in samples.items()}
+            table.append({"context": context, "milliseconds": samples, "p50": medians, "floor": floors})
+            print(
+                f"   {name} {context}+{CANDIDATES}: cold {medians['cold']:.2f} (floor {floors['cold']:.2f}) "
+                f"warm {medians['warm']:.2f} (floor {floors['warm']:.2f}) "
+                f"ratio {medians['cold'] / medians['warm']:.2f}",
+                flush=True,
+            )
+    return {"preset": name, "dtype": options.dtype, "graphs": options.graphs, "table": table}
+
+
+async def overhead(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What the engine adds to a request beyond the network: against the dense forward pass of the same rows."""
+    model = checkpoint(name, options.seed, getattr(torch, options.dtype))
+    user = rows(model, 512, CANDIDATES, options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    samples: dict[str, list[float]] = {"engine warm": [], "smallest warm": [], "dense": []}
+    async with Engine(model, options, options.dtype) as engine:
+        for _ in range(40):
+            samples["engine warm"].append(1e3 * await _timed(lambda: engine.rank(*user)))
+            # One candidate on a cached context is next to nothing to compute: what is left is the engine.
+            samples["smallest warm"].append(1e3 * await _timed(lambda: engine.rank(user[0], user[1][:1])))
+    network = model.model.to(device)
+    context, candidates = (torch.from_numpy(part)[None].to(device) for part in user)
+    for _ in range(40):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            network(context, candidates).float().cpu()
+        samples["dense"].append(1e3 * (time.perf_counter() - start))
+    medians = {key: statistics.median(values[10:]) for key, values in samples.items()}
+    print(f"   {name}: {medians}", flush=True)
+    return {"preset": name, "dtype": options.dtype, "milliseconds": samples, "p50": medians}
+
+
+async def throughput(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Requests a second of concurrent callers over users of Zipf(1.0) popularity; the dense network in batches."""
+    model = checkpoint(name, options.seed, getattr(torch, options.dtype))
+    generator = np.random.default_rng(options.seed)
+    contexts = [rows(model, 512, 1, options.seed + index)[0] for index in range(options.users)]
+    candidates = rows(model, 512, CANDIDATES, options.seed)[1]
+    popularity = 1 / np.arange(1, options.users + 1)
+    order = generator.choice(options.users, 200_000, p=popularity / popularity.sum())
+    latencies: list[float] = []
+    async with Engine(model, options, options.dtype) as engine:
+        position = 0
+
+        async def caller(end: float) -> None:
+            nonlocal position
+            while time.perf_counter() < end:
+                context = contexts[order[position % len(order)]]
+                position += 1
+                latencies.append(1e3 * await _timed(lambda one=context: engine.rank(one, candidates)))
+
+        for seconds in (options.seconds / 2, options.seconds):  # the first fills the cache
+            latencies.clear()
+            before, start = engine.engine.statistics(), time.perf_counter()
+            await asyncio.gather(*(caller(start + seconds) for _ in range(options.concurrency)))
+            rate = len(latencies) / (time.perf_counter() - start)
+        after = engine.engine.statistics()
+    tokens = after.context_tokens - before.context_tokens
+    hits = (after.context_tokens_cached - before.context_tokens_cached) / max(1, tokens)
+    dense = _dense_rate(model, contexts, candidates, options.seconds / 2)
+    print(f"   {name}: {rate:.0f}/s, hits {hits:.1%}, dense {dense:.0f}/s, ratio {rate / dense:.2f}", flush=True)
+    return {
+        "preset": name,
+        "dtype": options.dtype,
+        "per_second": rate,
+        "hit_ratio": hits,
+        "dense_per_second": dense,
+        "milliseconds": latencies[:20_000],
+    }
+
+
+SECTIONS: dict[str, tuple[Callable[..., Awaitable[Any]], Callable[[argparse.Namespace], list[str]]]] = {
+    "parity": (parity, lambda options: options.preset or ["small", "medium"]),
+    "overhead": (overhead, lambda options: options.preset or ["large"]),
+    "throughput": (throughput, lambda options: options.preset or ["xlarge"]),
+    "crossover": (crossover, lambda options: options.preset or [name for name in preset_names() if name != "tiny"]),
+}
+
+
+class Engine:
+    """A row engine on a checkpoint, in a folder of its own."""
+
+    def __init__(self, model: Checkpoint, options: argparse.Namespace, dtype: str) -> None:
+        longest = max(CONTEXTS) + 1024
+        self.settings = VLLMSettings(
+            max_model_len=longest,
+            max_num_batched_tokens=max(8192, longest),
+            dtype=dtype,
+            gpu_memory_utilization=0.85,
+            enforce_eager=not options.graphs,
+        )
+        self._model = model
+        self._folder = tempfile.TemporaryDirectory()
+
+    async def __aenter__(self) -> Engine:
+        folder = Path(self._folder.name)
+        write_folder(self._model, folder / self.settings.model)
+        self.settings.save(folder / SETTINGS_FILE)
+        self.engine = await VLLMRowEngine.start(folder, threads=2)
+        await self.engine.warm_up()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.to_thread(self.engine.shutdown)
+        self._folder.cleanup()
+
+    async def rank(self, context: Rows, candidates: Rows) -> npt.NDArray[np.float32]:
+        """FP32 [k, T]."""
+        return await self.engine.rank(context, candidates, 120.0)
+
+
+def checkpoint(name: str, seed: int, dtype: torch.dtype) -> Checkpoint:
+    """A random network of a preset, its tables for 20,000 items; made in ``dtype``, for 8b is 32 GB in fp32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return synthetic_checkpoint(preset(name, max_positions=4096), num_items=20_000, seed=seed)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def rows(model: Checkpoint, context: int, candidates: int, seed: int) -> User:
+    """Context INT32 [n, W] and candidates INT32 [k, W] of a random user."""
+    generator = np.random.default_rng(seed)
+    first, second = random_rows(model.schema, model.catalog, 1, context, candidates, generator)
+    return first[0].numpy(), second[0].numpy()
+
+
+def _dense_rate(model: Checkpoint, contexts: list[Rows], candidates: Rows, seconds: float, batch: int = 8) -> float:
+    """Requests a second of the eager network in full batches, which is more than baseline serves."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = model.model.to(device)
+    shared = torch.from_numpy(np.repeat(candidates[None], batch, axis=0)).to(device)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        chosen = np.stack([contexts[(count + index) % len(contexts)] for index in range(batch)])
+        with torch.inference_mode():
+            network(torch.from_numpy(chosen).to(device), shared).float().cpu()
+        count += batch
+    return count / (time.perf_counter() - start)
+
+
+async def _timed(call: Callable[[], Awaitable[Any]]) -> float:
+    start = time.perf_counter()
+    await call()
+    return time.perf_counter() - start
+
+
+def _gpu() -> Mapping[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    return {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
