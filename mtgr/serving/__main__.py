@@ -12,7 +12,7 @@ from types import FrameType
 from mtgr.errors import MTGRError
 from mtgr.routing.policy import PROFILE_VARIABLE, PROFILES
 from mtgr.serving.launcher import install_launcher
-from mtgr.serving.management import HTTP_HEADER, OPEN_PROFILE, RestrictedServer, admin_key, serving_profile
+from mtgr.serving.management import HTTP_HEADER, OPEN_PROFILE, RestrictedServer, admin_key, serving_policy
 from mtgr.serving.report import format_reports, strategy_reports
 from mtgr.serving.server import TritonServer
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    profile = serving_profile(options.profile)
+    policy = serving_policy(options.profile)
     settings = {
         "host": options.host,
         "http_port": options.http_port,
@@ -54,7 +54,7 @@ def _serve(options: argparse.Namespace) -> None:
         "tritonserver": options.tritonserver,
     }
     server: TritonServer
-    if options.allow_management or profile == OPEN_PROFILE:
+    if options.allow_management or policy.profile == OPEN_PROFILE:
         management = "open to every caller"
         server = TritonServer(options.model_repository, **settings)
     else:
@@ -66,10 +66,14 @@ def _serve(options: argparse.Namespace) -> None:
         print(f"HTTP     {server.http_url}")
         print(f"metrics  {server.metrics_url}")
         print(f"log      {server.log_path}")
-        print(f"profile  {profile}, management {management}")
+        print(f"profile  {policy.profile}, management {management}")
         print()
         print(format_reports(strategy_reports(server.model_repository, server.models())), flush=True)
-        server.wait()
+        if policy.timed_run_seconds is not None:
+            print(
+                f"\nRuns of this profile are timed: the server stops after {policy.timed_run_seconds:g} s.", flush=True
+            )
+        server.wait(policy.timed_run_seconds)
 
 
 def _parser() -> argparse.ArgumentParser:

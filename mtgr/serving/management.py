@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
 import secrets
@@ -13,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtgr.errors import ConfigurationError, UnavailableError
-from mtgr.routing.policy import POLICY_VARIABLE, PROFILE_VARIABLE, load_policy, policy_file
+from mtgr.errors import ConfigurationError
+from mtgr.routing.policy import POLICY_VARIABLE, PROFILE_VARIABLE, Policy, load_policy, policy_file
 from mtgr.serving.command import ADMIN_KEY_VARIABLE
 from mtgr.serving.server import TritonServer
 
@@ -30,8 +29,8 @@ _FLAGS = ("--http-restricted-api", "--grpc-restricted-protocol")
 _KEY = re.compile(r"[A-Za-z0-9_-]{16,256}")
 
 
-def serving_profile(chosen: str | None, environment: Mapping[str, str] = os.environ) -> str:
-    """The profile of a server that is started in this environment.
+def serving_policy(chosen: str | None, environment: Mapping[str, str] = os.environ) -> Policy:
+    """The policy of a server that is started in this environment.
 
     The parameters in ``config.pbtxt`` are not looked at: they come last, and to miss a ``dev`` there keeps the server
     restricted.
@@ -45,13 +44,13 @@ def serving_profile(chosen: str | None, environment: Mapping[str, str] = os.envi
     """
     given = dict(environment) if chosen is None else {**environment, PROFILE_VARIABLE: chosen}
     path = policy_file({}, given)
-    profile = load_policy(path).profile
-    if chosen is not None and profile != chosen:
+    policy = load_policy(path)
+    if chosen is not None and policy.profile != chosen:
         raise ConfigurationError(
-            f"the profile {chosen} was asked for, but {POLICY_VARIABLE} names {path}, whose profile is {profile}: "
-            "leave one of them out."
+            f"the profile {chosen} was asked for, but {POLICY_VARIABLE} names {path}, whose profile is "
+            f"{policy.profile}: leave one of them out."
         )
-    return profile
+    return policy
 
 
 def admin_key(environment: Mapping[str, str] = os.environ) -> str:
@@ -106,16 +105,5 @@ class RestrictedServer(TritonServer):
                 )
         flags = [f"{flag}={','.join(RESTRICTED)}:{HTTP_HEADER}={key}" for flag in _FLAGS]
         super().__init__(model_repository, extra_args=[*flags, *extra_args], **options)
-        self._key = key
-
-    def _request(self, method: str, path: str) -> tuple[int, bytes]:
-        """As the base class, with the key: the index of models is behind it too."""
-        connection = http.client.HTTPConnection(self.http_url, timeout=5.0)
-        try:
-            connection.request(method, path, headers={HTTP_HEADER: self._key})
-            response = connection.getresponse()
-            return response.status, response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise UnavailableError(f"tritonserver does not answer on {self.http_url}: {error}.") from error
-        finally:
-            connection.close()
+        # The index of models is behind the key too.
+        self._headers = {HTTP_HEADER: key}

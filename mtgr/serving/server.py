@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import http.client
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,7 @@ class TritonServer:
         self._startup_timeout = startup_timeout
         self._stop_timeout = stop_timeout
         self._tritonserver = tritonserver
+        self._headers: Mapping[str, str] = {}
         self._required_models = tuple(required_models)
         self._process: ServerProcess | None = None
         self._state: tempfile.TemporaryDirectory[str] | None = None
@@ -209,14 +211,17 @@ class TritonServer:
             if self._log is None and self.log_path is not None:
                 self.log_path.unlink(missing_ok=True)
 
-    def wait(self) -> None:
-        """Block for as long as the server runs.
+    def wait(self, seconds: float | None = None) -> None:
+        """Block for as long as the server runs, or for so many seconds if that is less.
 
         Raises:
-            UnavailableError: When it ends, with the last lines of its log.
+            UnavailableError: When the server ends by itself, with the last lines of its log.
         """
         process = self._running()
+        end = math.inf if seconds is None else time.monotonic() + seconds
         while process.exit_code() is None:
+            if time.monotonic() >= end:
+                return
             time.sleep(0.2)
         raise UnavailableError(f"tritonserver ended with exit code {process.exit_code()}.{excerpt(self._log_text())}")
 
@@ -349,7 +354,7 @@ class TritonServer:
     def _request(self, method: str, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(self.http_url, timeout=_HTTP_TIMEOUT_S)
         try:
-            connection.request(method, path)
+            connection.request(method, path, headers=dict(self._headers))
             response = connection.getresponse()
             return response.status, response.read()
         except (OSError, http.client.HTTPException) as error:

@@ -71,8 +71,14 @@ class TritonPythonModel:
             elif request.is_cancelled():
                 sender.send(_error("the request was cancelled.", pb_utils.TritonError.CANCELLED), flags=FINAL)
             else:
-                # Inputs are copied here: Triton takes their memory back when execute returns.
-                asyncio.run_coroutine_threadsafe(self._answer(_features(request), sender), self.loop)
+                try:
+                    # Inputs are copied here: Triton takes their memory back when execute returns.
+                    features = _features(request)
+                except (AttributeError, IndexError, TypeError, ValueError):
+                    message = "this model takes what mtgr_features gives; send requests to the model mtgr."
+                    sender.send(_error(message, pb_utils.TritonError.INVALID_ARG), flags=FINAL)
+                    continue
+                asyncio.run_coroutine_threadsafe(self._answer(features, sender), self.loop)
 
     def _drain(self):
         """Refuse what comes from now on: the server is about to stop."""
