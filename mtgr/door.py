@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
-from mtgr.bundle import load_bundle
+from mtgr.bundle import Bundle
 from mtgr.client.types import Recommendation, RecommendationRequest
 from mtgr.client.wire import encode
 from mtgr.features.extract import FeatureExtractor
@@ -18,17 +17,15 @@ class LocalDoor:
     """Answers requests with the engines it is given; any number at a time in one event loop.
 
     Args:
-        model_repository: A repository that ``make export`` filled.
+        bundle: Of a repository that ``make export`` filled.
         engines: How to reach engines.
         policy: Settings of the router; the profile ``prod`` by default.
 
     Raises:
-        ConfigurationError: If no checkpoint is installed in the model repository.
+        ConfigurationError: If the feature store cannot be opened.
     """
 
-    def __init__(self, model_repository: Path, engines: Engines, policy: Policy | None = None) -> None:
-        bundle = load_bundle(model_repository)
-        self.schema = bundle.schema
+    def __init__(self, bundle: Bundle, engines: Engines, policy: Policy | None = None) -> None:
         self._store = bundle.open_store(feature_settings())
         self._extractor = FeatureExtractor(bundle.schema, bundle.catalog, self._store)
         self._router = Router(bundle.schema, bundle.catalog, engines, policy)

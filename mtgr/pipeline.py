@@ -63,8 +63,9 @@ class OptimizedInferencePipeline:
         self.config = config or PipelineConfig()
         torch.set_num_threads(self.config.threads)
         repository = Path(self.config.model_repository)
-        self._engines = _LocalEngines(repository, load_bundle(repository).schema.hash, self.config.threads)
-        self._door = LocalDoor(repository, self._engines, self.config.policy)
+        bundle = load_bundle(repository)
+        self._engines = _LocalEngines(repository, bundle.schema.hash, self.config.threads)
+        self._door = LocalDoor(bundle, self._engines, self.config.policy)
 
     def __enter__(self) -> OptimizedInferencePipeline:
         return self
@@ -99,7 +100,7 @@ class OptimizedInferencePipeline:
             request_time: Unix seconds; None is now.
             profile: Profile values that override the store's.
             top_k: Items to return.
-            use_optimization: The strategy; ``auto`` takes the first that is ready.
+            use_optimization: The strategy; ``auto`` takes the one that was quickest of late.
 
         Raises:
             InvalidRequestError: If the request is wrong.

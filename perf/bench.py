@@ -8,7 +8,6 @@ to the engine, again interleaved.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 import tempfile
@@ -21,25 +20,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from export.__main__ import export
-from export.engines import Job
 from export.rows import random_rows
 from mtgr.bundle import load_bundle
 from mtgr.checkpoint import load_checkpoint
 from mtgr.client import MTGRClient
-from mtgr.config import ModelConfig
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
 from mtgr.features.candidates import CandidateState, candidate_rows
 from mtgr.features.extract import FeatureExtractor
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket, pad
-from mtgr.serving.server import DOOR_MODELS, TritonServer
+from mtgr.serving.server import TritonServer
 from perf.record import ROOT, describe, store
-from perf.synthetic import EPOCH, SPAN, save_synthetic, synthetic_checkpoint, synthetic_users
+from perf.repository import CONFIG, set_threads, synthetic_repository
+from perf.synthetic import EPOCH, SPAN
 
-CONFIG = ModelConfig(
-    num_layers=4, d_model=256, num_heads=4, attention_norm_length=2048, feature_dim=32, item_dim=128, head_dim=128
-)
 CONTEXT, CANDIDATES = 512, 64
 TARGETS = {"batch 1": 1.15, "batch 8": 2.0, "door": 3.0}
 
@@ -56,30 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="bench-cpu", help="file name in perf/results")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, repository = Path(folder) / "checkpoint", Path(folder) / "repository"
-        model = synthetic_checkpoint(CONFIG, num_items=20_000, seed=options.seed)
-        profile = len(model.schema.profile)
-        users = synthetic_users(model, 32, CONTEXT - profile, options.seed)
-        save_synthetic(model, users, checkpoint)
-        for name in DOOR_MODELS:
-            ignored = shutil.ignore_patterns("bundle*", "staging", "__pycache__")
-            shutil.copytree(ROOT / "model_repository" / name, repository / name, ignore=ignored)
-        export(Job(load_checkpoint(checkpoint), checkpoint, repository), strategies=("baseline", "onnx"))
-        set_threads(repository / "mtgr_onnx_rank" / "config.pbtxt", options.threads)
+        repository = synthetic_repository(Path(folder), 32, CONTEXT, options.seed)
+        model = load_checkpoint(Path(folder) / "checkpoint")
+        set_threads(repository, options.threads)
         engines = {
             f"batch {batch}": compare_engines(repository, model, batch, options.threads, options.rounds, options.seed)
             for batch in (1, 8)
         }
         door = measure_door(repository, options.requests, options.seed)
     return _report(options, engines, door)
-
-
-def set_threads(config: Path, threads: int) -> None:
-    """Give the engine behind the door as many threads as the engines in process have."""
-    text = config.read_text(encoding="utf-8")
-    default = 'key: "intra_op_thread_count" value: { string_value: "1" }'
-    assert default in text
-    config.write_text(text.replace(default, default.replace('"1"', f'"{threads}"')), encoding="utf-8")
 
 
 def compare_engines(repository: Path, model: Any, batch: int, threads: int, rounds: int, seed: int) -> Samples:

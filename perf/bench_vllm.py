@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import re
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +23,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from export.__main__ import export
-from export.engines import Job
 from export.rows import random_rows
 from mtgr.bundle import load_bundle
-from mtgr.checkpoint import Checkpoint
+from mtgr.checkpoint import Checkpoint, load_checkpoint
 from mtgr.client import AsyncMTGRClient
-from mtgr.config import ModelConfig
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
 from mtgr.engines.vllm_rows import VLLMRowEngine
-from mtgr.serving.server import DOOR_MODELS, TritonServer
+from mtgr.serving.server import TritonServer
 from perf.record import ROOT, describe, store
-from perf.synthetic import EPOCH, SPAN, save_synthetic, synthetic_checkpoint, synthetic_users
+from perf.repository import CONFIG, set_threads, synthetic_repository
+from perf.synthetic import EPOCH, SPAN
 
-CONFIG = ModelConfig(
-    num_layers=4, d_model=256, num_heads=4, attention_norm_length=2048, feature_dim=32, item_dim=128, head_dim=128
-)
 CONTEXT, CANDIDATES = 512, 64
 TARGET = 4.0  # cold over warm, of the engine
 MOMENT = EPOCH + SPAN + 60
@@ -62,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         repository, model = prepare(Path(folder), options)
         engine = asyncio.run(engine_latency(repository, model, options))
-        with served(repository) as server:
+        with TritonServer(repository) as server:
             door = asyncio.run(door_latency(server, repository, options))
             throughput, hits = asyncio.run(door_throughput(server, repository, options))
     return report(options, {"engine": engine, "door": door}, throughput, hits)
@@ -70,28 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, Checkpoint]:
     """A repository with every engine on a random network, and more users than are asked for."""
-    checkpoint, repository = folder / "checkpoint", folder / "repository"
-    model = synthetic_checkpoint(CONFIG, num_items=20_000, seed=options.seed)
-    users = synthetic_users(model, options.rounds + 64, CONTEXT - len(model.schema.profile), options.seed)
-    save_synthetic(model, users, checkpoint)
-    for name in DOOR_MODELS:
-        ignored = shutil.ignore_patterns("bundle*", "staging", "__pycache__")
-        shutil.copytree(ROOT / "model_repository" / name, repository / name, ignore=ignored)
-    export(Job(model, checkpoint, repository), strategies=("baseline", "onnx", "vllm"))
-    for name, parameter in (
-        ("mtgr_onnx_rank", "intra_op_thread_count"),
-        ("mtgr_baseline", "threads"),
-        ("mtgr_vllm", "threads"),
-    ):
-        config = repository / name / "config.pbtxt"
-        text, changed = re.subn(
-            rf'(key: "{parameter}" value: {{ string_value: )"1"',
-            rf'\g<1>"{options.threads}"',
-            config.read_text(encoding="utf-8"),
-        )
-        assert changed == 1, config
-        config.write_text(text, encoding="utf-8")
-    return repository, model
+    count = options.rounds + 64
+    repository = synthetic_repository(folder, count, CONTEXT, options.seed, ("baseline", "onnx", "vllm"))
+    set_threads(repository, options.threads)
+    return repository, load_checkpoint(folder / "checkpoint")
 
 
 async def engine_latency(repository: Path, model: Checkpoint, options: argparse.Namespace) -> Samples:
@@ -99,8 +74,7 @@ async def engine_latency(repository: Path, model: Checkpoint, options: argparse.
     torch.set_num_threads(options.threads)
     baseline = BaselineEngine(repository / "mtgr_baseline" / "1")
     onnx = OnnxEngine(repository / "mtgr_onnx_rank" / "1" / "model.onnx", options.threads)
-    vllm = await VLLMRowEngine.start(repository / "mtgr_vllm" / "1", options.threads)
-    await vllm.warm_up()
+    vllm = await VLLMRowEngine.start_warm(repository / "mtgr_vllm" / "1", options.threads)
     generator = np.random.default_rng(options.seed)
 
     async def users() -> AsyncIterator[Mapping[str, Callable[[], Awaitable[Any]]]]:
@@ -183,13 +157,6 @@ async def door_throughput(
     await asyncio.sleep(1.5)  # metrics are brought to the page once a second
     context, cached = (now - past for now, past in zip(_tokens(server), before, strict=True))
     return results, cached / context
-
-
-@contextlib.contextmanager
-def served(repository: Path) -> Iterator[TritonServer]:
-    """A running server."""
-    with TritonServer(repository) as server:
-        yield server
 
 
 def report(

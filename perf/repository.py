@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from mtgr.serving.server import DOOR_MODELS
 from perf.record import ROOT
 from perf.synthetic import save_synthetic, synthetic_checkpoint, synthetic_users
 
-# The network of perf.bench, so that figures can be compared.
+# One network for all benchmarks on a CPU, so that figures can be compared.
 CONFIG = ModelConfig(
     num_layers=4, d_model=256, num_heads=4, attention_norm_length=2048, feature_dim=32, item_dim=128, head_dim=128
 )
@@ -27,7 +28,10 @@ CONFIG = ModelConfig(
 def synthetic_repository(
     folder: Path, num_users: int, context: int, seed: int, strategies: Sequence[str] = ("baseline", "onnx")
 ) -> Path:
-    """The door with engines on a random network; every user has ``context`` tokens."""
+    """The door with engines on a random network; every user has ``context`` tokens.
+
+    The checkpoint itself lies in ``folder / "checkpoint"``.
+    """
     checkpoint, repository = folder / "checkpoint", folder / "repository"
     model: Checkpoint = synthetic_checkpoint(CONFIG, num_items=20_000, seed=seed)
     save_synthetic(model, synthetic_users(model, num_users, context - len(model.schema.profile), seed), checkpoint)
@@ -51,3 +55,19 @@ def ranking_requests(repository: Path, count: int, candidates: int, seed: int) -
         items = generator.choice(bundle.catalog.raw_ids, candidates, replace=False)
         requests.append(RecommendationRequest(user, None, items, request_time=moment))
     return requests
+
+
+def set_threads(repository: Path, threads: int) -> None:
+    """Give every engine behind the door so many threads."""
+    parameters = {"mtgr_baseline": "threads", "mtgr_onnx_rank": "intra_op_thread_count", "mtgr_vllm": "threads"}
+    for model, parameter in parameters.items():
+        config = repository / model / "config.pbtxt"
+        if not config.is_file():
+            continue
+        text, changed = re.subn(
+            rf'(key: "{parameter}" value: {{ string_value: )"1"',
+            rf'\g<1>"{threads}"',
+            config.read_text(encoding="utf-8"),
+        )
+        assert changed == 1, config
+        config.write_text(text, encoding="utf-8")

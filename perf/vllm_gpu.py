@@ -227,8 +227,7 @@ class Engine:
         folder = Path(self._folder.name)
         write_folder(self._model, folder / self.settings.model)
         self.settings.save(folder / SETTINGS_FILE)
-        self.engine = await VLLMRowEngine.start(folder, threads=2)
-        await self.engine.warm_up()
+        self.engine = await VLLMRowEngine.start_warm(folder, threads=2)
         return self
 
     async def __aexit__(self, *error: object) -> None:

@@ -59,7 +59,9 @@ class VLLMEngine:
         self.config = config or VLLMEngineConfig()
         self._repository = Path(self.config.model_repository)
         self._engines = _RowEngines(self.config.timeout)
-        self._door = LocalDoor(self._repository, self._engines, self.config.policy)
+        bundle = load_bundle(self._repository)
+        self._schema_hash = bundle.schema.hash
+        self._door = LocalDoor(bundle, self._engines, self.config.policy)
         self._changing = asyncio.Lock()
         self._starting: asyncio.Task[None] | None = None
 
@@ -81,17 +83,11 @@ class VLLMEngine:
     async def _start(self) -> None:
         try:
             async with self._changing:
-                problem = artifact_problem(self._repository, MODEL, load_bundle(self._repository).schema.hash)
+                problem = artifact_problem(self._repository, MODEL, self._schema_hash)
                 version = latest_version(self._repository / MODEL)
                 if problem is not None or version is None:
                     raise UnavailableError(f"{problem}.")
-                engine = await VLLMRowEngine.start(version, self.config.threads)
-                try:
-                    await engine.warm_up()
-                except BaseException:
-                    await asyncio.to_thread(engine.shutdown)
-                    raise
-                self._engines.engine = engine
+                self._engines.engine = await VLLMRowEngine.start_warm(version, self.config.threads)
         finally:
             self._starting = None
 

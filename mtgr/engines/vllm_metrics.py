@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from mtgr.engines.vllm_rows import EngineStatistics
 from mtgr.engines.vllm_service import VLLMService
-from mtgr.metrics import MetricSpec
+from mtgr.metrics import MetricRegistry, MetricSpec
 
 _FIELDS = {
     "requests": MetricSpec("mtgr_vllm_requests_total", "Requests that vLLM answered"),
@@ -37,21 +35,19 @@ class VLLMMetrics:
 
     def __init__(self, service: VLLMService) -> None:
         self._service = service
+        self._registry = MetricRegistry()
         self._last = EngineStatistics()
-        self._restarts = 0
-        self._ratio = 0.0
+        self._registry.set(_HIT_RATIO, 0.0)
 
-    def changes(self) -> Iterator[tuple[MetricSpec, float]]:
+    def changes(self) -> list[tuple[MetricSpec, float]]:
         """Each series with what to add to it, or its value if it is a gauge."""
-        now, last = self._service.statistics(), self._last
+        now, last, registry = self._service.statistics(), self._last, self._registry
         for name, spec in _FIELDS.items():
-            value = getattr(now, name)
-            yield spec, value - getattr(last, name) if spec.counter else value
+            (registry.advance if spec.counter else registry.set)(spec, getattr(now, name))
         tokens = now.context_tokens - last.context_tokens
         if tokens:
-            self._ratio = (now.context_tokens_cached - last.context_tokens_cached) / tokens
+            registry.set(_HIT_RATIO, (now.context_tokens_cached - last.context_tokens_cached) / tokens)
         self._last = now
-        restarts, self._restarts = self._service.restarts - self._restarts, self._service.restarts
-        yield _RESTARTS, restarts
-        yield _HIT_RATIO, self._ratio
-        yield _UP, float(self._service.failure is None)
+        registry.advance(_RESTARTS, self._service.restarts)
+        registry.set(_UP, float(self._service.failure is None))
+        return registry.changes()

@@ -146,6 +146,22 @@ class VLLMRowEngine:
         started._recorder = recorder
         return started
 
+    @classmethod
+    async def start_warm(cls, version_directory: Path, threads: int = 1) -> VLLMRowEngine:
+        """``start`` and ``warm_up``; an engine that cannot be warmed up is ended.
+
+        Raises:
+            ConfigurationError: As ``start``.
+            UnavailableError: If it does not answer.
+        """
+        engine = await cls.start(version_directory, threads)
+        try:
+            await engine.warm_up()
+        except BaseException:
+            await asyncio.to_thread(engine.shutdown)
+            raise
+        return engine
+
     async def rank(self, context: Int32Array, candidates: Int32Array, timeout: float | None = None) -> Float32Array:
         """Score candidates.
 

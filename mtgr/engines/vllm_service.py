@@ -157,10 +157,8 @@ class VLLMService:
         self._engine.shutdown()
         self._stop_loop()
 
-    async def _start(self) -> VLLMRowEngine:
-        engine = await VLLMRowEngine.start(self._directory, self.config.threads)
-        await engine.warm_up()
-        return engine
+    def _start(self) -> Coroutine[Any, Any, VLLMRowEngine]:
+        return VLLMRowEngine.start_warm(self._directory, self.config.threads)
 
     def _begin(self, call: Call) -> None:
         task = self._loop.create_task(self._answer(call))
@@ -233,11 +231,11 @@ class VLLMService:
         self._problem = None
         self._log("vLLM's engine is up again.")
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+    def _spawn(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _wait(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        return self._spawn(coroutine).result()
 
     def _stop_loop(self) -> None:
         async def end() -> None:

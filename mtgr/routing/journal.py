@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mtgr.features.extract import Features
 from mtgr.logs import EventLog
+from mtgr.metrics import MetricRegistry
 from mtgr.routing.breaker import CircuitBreaker, State
 from mtgr.routing.metrics import RouterMetrics
 from mtgr.routing.ranker import Ranking
@@ -18,7 +19,9 @@ class Journal(RouterMetrics):
         log: Where lines go; exchanged when the policy changes.
     """
 
-    log = EventLog()
+    def __init__(self, registry: MetricRegistry, item_column: int, log: EventLog) -> None:
+        super().__init__(registry, item_column)
+        self.log = log
 
     def answered(self, features: Features, ranking: Ranking, seconds: float) -> None:
         """Count an answer, and explain it where that is wanted."""

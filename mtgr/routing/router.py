@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from mtgr.routing.batching import Inference, ShapeBatcher
 from mtgr.routing.breaker import CircuitBreaker
 from mtgr.routing.choice import AutoChoice, Choice, Size
 from mtgr.routing.deadline import Deadline
+from mtgr.routing.experiment import Shadow
 from mtgr.routing.guard import GuardedInference
 from mtgr.routing.observer import Observer
 from mtgr.routing.policy import Policy, load_profile
@@ -153,7 +155,8 @@ class Router:
                 continue
             if name == "vllm":
                 self._choice.remember(context)
-            ranking = _labelled(ranking, failed, names.reason)
+            labels = (*ranking.labels, FALLBACK) if failed else ranking.labels
+            ranking = dataclasses.replace(ranking, labels=labels, explanation=names.reason)
             self._shadow(features, ranking)
             return ranking
         if features.strategy == AUTO:
@@ -171,12 +174,12 @@ class Router:
         arm = self.policy.arm_settings(features.arm)
         version = arm.version if arm is not None else None
         order: Sequence[str] = self.policy.auto.order
-        if arm is not None and arm.strategy != AUTO:
+        pinned = arm is not None and arm.strategy != AUTO
+        if arm is not None and pinned:
             order = (arm.strategy, *(name for name in order if name != arm.strategy))
-            ready, reasons = self._ready(order, version, retrieves)
-            return Choice(tuple(ready), f"arm {arm.name}"), version, reasons
         ready, reasons = self._ready(order, version, retrieves)
-        return self._choice.choose(ready, size), version, reasons
+        choice = Choice(tuple(ready), f"arm {features.arm}") if pinned else self._choice.choose(ready, size)
+        return choice, version, reasons
 
     def _ready(self, names: Sequence[str], version: int | None, retrieves: bool) -> tuple[list[str], list[str]]:
         ready, reasons = [], []
@@ -232,14 +235,11 @@ class Router:
         if self._shadowed < 1:
             return
         self._shadowed -= 1
-        task = asyncio.get_running_loop().create_task(self._compare(features, ranking))
+        task = asyncio.get_running_loop().create_task(self._compare(shadow, features, ranking))
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
 
-    async def _compare(self, features: Features, ranking: Ranking) -> None:
-        shadow = self.policy.shadow
-        if shadow is None:
-            return
+    async def _compare(self, shadow: Shadow, features: Features, ranking: Ranking) -> None:
         strategy = STRATEGIES[shadow.strategy]
         if self._unready_reason(strategy, shadow.version, retrieves=False) is not None:
             self.observer.shadow(None)
@@ -255,8 +255,3 @@ class Router:
 
 def _versioned(model: str, version: int | None) -> str:
     return model if version is None else f"{model}@{version}"
-
-
-def _labelled(ranking: Ranking, failed: bool, reason: str) -> Ranking:
-    labels = (*ranking.labels, FALLBACK) if failed else ranking.labels
-    return Ranking(ranking.items, ranking.scores, ranking.task_scores, ranking.strategy, ranking.arm, labels, reason)

@@ -46,5 +46,5 @@ STRATEGIES: dict[str, Strategy] = {
     )
 }
 
-# `auto` takes the first that is ready, fastest first.
+# Fastest first: how `auto` orders what it knows nothing else about.
 AUTO_ORDER: tuple[str, ...] = ("tensorrt", "vllm", "onnx", "baseline")

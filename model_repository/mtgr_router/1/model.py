@@ -52,8 +52,7 @@ class TritonPythonModel:
         try:
             bundle = load_bundle(repository)
             engines = BLSEngines(repository, bundle.schema.hash)
-            self.metrics = Journal(MetricRegistry(), bundle.schema.item_column)
-            self.metrics.log = event_log(self.policy.current)
+            self.metrics = Journal(MetricRegistry(), bundle.schema.item_column, event_log(self.policy.current))
             self.policy.check = lambda policy: Ranker(bundle.schema, bundle.catalog, policy.routing)
             self.router = Router(bundle.schema, bundle.catalog, engines, self.policy.current, self.metrics)
             self.reporter = MetricReporter(pb_utils, self._changes)
