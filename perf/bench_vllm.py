@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import re
 import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
 from mtgr.engines.vllm_rows import VLLMRowEngine
 from mtgr.serving.server import TritonServer
+from perf.metrics_page import context_tokens
 from perf.record import ROOT, describe, store
 from perf.repository import CONFIG, set_threads, synthetic_repository
 from perf.synthetic import EPOCH, SPAN
@@ -138,7 +137,7 @@ async def door_throughput(
     async with AsyncMTGRClient(server.grpc_url, timeout=60) as client:
         for user in users:  # whom vLLM has not seen is measured above
             await client.rank(user, items[:CANDIDATES], strategy="vllm", request_time=MOMENT)
-        before = _tokens(server)
+        before = context_tokens(server.metrics_url)
         for _ in tqdm(range(3), desc="throughput", leave=False):
             for name, result in results.items():
                 count = len(result["milliseconds"])
@@ -155,7 +154,7 @@ async def door_throughput(
                 answers = len(result["milliseconds"]) - count
                 result["per_second"].append(answers / (time.perf_counter() - start))
     await asyncio.sleep(1.5)  # metrics are brought to the page once a second
-    context, cached = (now - past for now, past in zip(_tokens(server), before, strict=True))
+    context, cached = (now - past for now, past in zip(context_tokens(server.metrics_url), before, strict=True))
     return results, cached / context
 
 
@@ -212,17 +211,6 @@ async def _in_turn(
             if index >= 0:  # the first rounds warm up
                 samples.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
     return {name: samples[name] for name in ("vllm cold", "vllm warm", "onnx", "baseline")}
-
-
-def _tokens(server: TritonServer) -> tuple[float, float]:
-    """Context tokens so far, and those found in the cache."""
-    with urllib.request.urlopen(server.metrics_url) as response:
-        text = response.read().decode()
-    found = [
-        re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, flags=re.MULTILINE)
-        for name in ("mtgr_vllm_context_tokens_total", "mtgr_vllm_prefix_hit_tokens_total")
-    ]
-    return tuple(float(match[1]) if match else 0.0 for match in found)  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def describe(seed: int) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *(sys.orig_argv[1:])]),
         "seed": seed,
-        "revision": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
+        # A copy on a machine without the repository is told what it is a copy of.
+        "revision": os.environ.get("MTGR_REVISION") or _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},

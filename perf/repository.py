@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,17 +30,46 @@ CONFIG = ModelConfig(
 def synthetic_repository(
     folder: Path, num_users: int, context: int, seed: int, strategies: Sequence[str] = ("baseline", "onnx")
 ) -> Path:
-    """The door with engines on a random network; every user has ``context`` tokens.
+    """The door with engines on a random network of ``CONFIG``; every user has ``context`` tokens.
 
     The checkpoint itself lies in ``folder / "checkpoint"``.
     """
+    model = synthetic_checkpoint(CONFIG, num_items=20_000, seed=seed)
+    users = {f"user-{index}": context for index in range(num_users)}
+    return built_repository(folder, model, users, seed, strategies)
+
+
+def built_repository(
+    folder: Path,
+    model: Checkpoint,
+    users: Mapping[str, int],
+    seed: int,
+    strategies: Sequence[str],
+    vllm: Mapping[str, Any] | None = None,
+) -> Path:
+    """The door with engines on a network.
+
+    Args:
+        folder: Where ``checkpoint`` and ``repository`` are made. Weights are written into the first only for engines
+            that read them there: a large network has no room for two.
+        model: The network.
+        users: Tokens of each user's context.
+        seed: Of the users' events.
+        strategies: Engines to export.
+        vllm: Engine arguments other than the defaults; with them vLLM's answers are not checked first.
+
+    Returns:
+        The repository.
+    """
     checkpoint, repository = folder / "checkpoint", folder / "repository"
-    model: Checkpoint = synthetic_checkpoint(CONFIG, num_items=20_000, seed=seed)
-    save_synthetic(model, synthetic_users(model, num_users, context - len(model.schema.profile), seed), checkpoint)
+    events = {user: context - len(model.schema.profile) for user, context in users.items()}
+    on_disk = bool({"baseline", "onnx"} & set(strategies))
+    save_synthetic(model, synthetic_users(model, events, seed), checkpoint, on_disk)
     for name in DOOR_MODELS:
         ignored = shutil.ignore_patterns("bundle*", "staging", "__pycache__")
         shutil.copytree(ROOT / "model_repository" / name, repository / name, ignore=ignored)
-    export(Job(load_checkpoint(checkpoint), checkpoint, repository), strategies=tuple(strategies))
+    exported = load_checkpoint(checkpoint) if on_disk else replace(model, hash="synthetic")
+    export(Job(exported, checkpoint, repository, vllm or {}, vllm is None), strategies=tuple(strategies))
     return repository
 
 
@@ -71,3 +102,11 @@ def set_threads(repository: Path, threads: int) -> None:
         )
         assert changed == 1, config
         config.write_text(text, encoding="utf-8")
+
+
+def set_instances(repository: Path, model: str, count: int) -> None:
+    """Serve a model of the door by several processes."""
+    config = repository / model / "config.pbtxt"
+    text, changed = re.subn(r"(instance_group \[ { count: )\d+", rf"\g<1>{count}", config.read_text(encoding="utf-8"))
+    assert changed == 1, config
+    config.write_text(text, encoding="utf-8")

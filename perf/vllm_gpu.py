@@ -1,8 +1,9 @@
 """``python -m perf.vllm_gpu``: the vllm strategy on a GPU - parity, cold against warm by preset, overhead, throughput.
 
 Each section writes its raw samples to a file of its own as soon as it is done, so that a run that is cut off loses one
-section; with ``--resume`` sections that have a file are left out. Random networks: no trained checkpoint of these sizes
-exists, and time does not depend on weights.
+section; with ``--resume`` sections that have a file are left out. Starting an engine takes longer than measuring it, so
+several of these may be started at once with one ``--out``: engines start side by side, measurements take turns. Random
+networks: no trained checkpoint of these sizes exists, and time does not depend on weights.
 
     python -m perf.vllm_gpu --out "$OUT"                                  # everything
     python -m perf.vllm_gpu --out "$OUT" --section parity --preset small  # early: does it run, is it right
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
+import gzip
 import json
 import statistics
 import sys
@@ -41,6 +44,10 @@ User = tuple[Rows, Rows]
 CONTEXTS = (256, 512, 1024, 2048)
 CANDIDATES = 256
 ROUNDS = 15
+PROFILED = 10  # requests
+MAX_HISTORY = 2000  # so that a context of 2,048 tokens is not cut
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,11 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="may be repeated")
     parser.add_argument("--preset", action="append", choices=preset_names(), help="of parity and crossover")
     parser.add_argument("--context", type=int, action="append", help="tokens, of crossover")
+    parser.add_argument("--kv-gib", type=int, help="memory of the cache, where engines share a GPU; all by default")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--graphs", action="store_true", help="capture CUDA graphs")
     parser.add_argument("--users", type=int, default=2000, help="of throughput")
     parser.add_argument("--concurrency", type=int, default=256, help="of throughput")
     parser.add_argument("--seconds", type=float, default=20.0, help="of throughput")
+    parser.add_argument("--start-when", type=Path, metavar="FILE", help="measure when this file is there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
@@ -62,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for name in options.section or list(SECTIONS):
         for variant in SECTIONS[name][1](options):
-            path = options.out / f"vllm-{name}{f'-{variant}' if variant else ''}.json"
+            path = options.out / f"vllm-{name}-{variant}{'-graphs' if options.graphs else ''}.json"
             if options.resume and path.exists():
                 continue
             print(f"== {name} {variant}", flush=True)
@@ -73,38 +82,43 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"   failed: {type(error).__name__}: {error}", flush=True)
                 failed = True
                 continue
-            path.write_text(json.dumps(describe(options.seed) | {"gpu": _gpu()} | result, indent=1), encoding="utf-8")
+            path.write_text(json.dumps(describe(options.seed) | {"gpu": gpu()} | result, indent=1), encoding="utf-8")
             print(f"   {time.perf_counter() - start:.0f} s, {path}", flush=True)
     return int(failed)
 
 
-async def parity(options: argparse.Namespace, name: str) -> dict[str, Any]:
+async def parity(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     """fp32 within 1e-5 of PyTorch; low precision within twice PyTorch's own error (DESIGN, "equal")."""
-    found: dict[str, Any] = {}
+    name, dtype = variant.rsplit("-", 1)
     model = checkpoint(name, options.seed, torch.float32)
     users = [rows(model, length, 64, options.seed) for length in (7, 130, 512, 900)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = model.model.to(device)
+    network = model.model
 
     def dense(user: User) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
-            context, candidates = (torch.from_numpy(part)[None].to(device) for part in user)
+            context, candidates = (torch.from_numpy(part)[None].to(DEVICE) for part in user)
             return network(context, candidates)[0].float().cpu().numpy()
 
     wanted = [dense(user) for user in users]
-    for dtype in ("float32", "bfloat16", "float16"):
-        network = network.to(getattr(torch, dtype))
-        native = max(float(np.abs(dense(user) - one).max()) for user, one in zip(users, wanted, strict=True))
-        network = network.to(torch.float32)
-        async with Engine(model, options, dtype) as engine:
-            worst = {"cold": 0.0, "warm": 0.0}
-            for user, one in zip(users, wanted, strict=True):
-                for state in worst:
-                    worst[state] = max(worst[state], float(np.abs(await engine.rank(*user) - one).max()))
-        bound = 1e-5 if dtype == "float32" else 2 * native
-        found[dtype] = {"max_error": worst, "pytorch": native, "bound": bound, "holds": max(worst.values()) <= bound}
-        print(f"   {dtype}: {worst}, bound {bound:.2e}", flush=True)
-    return {"preset": name, "spread": float(np.mean([one.std(axis=0).mean() for one in wanted])), "parity": found}
+    folder = Engine(model, options, dtype)
+    network = network.to(getattr(torch, dtype))
+    native = max(float(np.abs(dense(user) - one).max()) for user, one in zip(users, wanted, strict=True))
+    async with folder as engine:
+        worst = {"cold": 0.0, "warm": 0.0}
+        for user, one in zip(users, wanted, strict=True):
+            for state in worst:
+                worst[state] = max(worst[state], float(np.abs(await engine.rank(*user) - one).max()))
+    bound = 1e-5 if dtype == "float32" else 2 * native
+    print(f"   {variant}: {worst}, bound {bound:.2e}", flush=True)
+    return {
+        "preset": name,
+        "dtype": dtype,
+        "spread": float(np.mean([one.std(axis=0).mean() for one in wanted])),
+        "max_error": worst,
+        "pytorch": native,
+        "bound": bound,
+        "holds": max(worst.values()) <= bound,
+    }
 
 
 async def crossover(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -113,6 +127,7 @@ async def crossover(options: argparse.Namespace, name: str) -> dict[str, Any]:
     table = []
     async with Engine(model, options, options.dtype) as engine:
         for context in options.context or CONTEXTS:
+            engine.take_turn()
             samples: dict[str, list[float]] = {"cold": [], "warm": []}
             for index in range(-2, ROUNDS):
                 context_rows, first = rows(model, context, CANDIDATES, options.seed + 1000 * context + index)
@@ -139,26 +154,24 @@ async def crossover(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 async def overhead(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """What the engine adds to a request beyond the network: against the dense forward pass of the same rows."""
+    """What the engine adds to a cached request beyond the GPU's work, which vLLM's profiler tells."""
     model = checkpoint(name, options.seed, getattr(torch, options.dtype))
-    user = rows(model, 512, CANDIDATES, options.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    samples: dict[str, list[float]] = {"engine warm": [], "smallest warm": [], "dense": []}
-    async with Engine(model, options, options.dtype) as engine:
-        for _ in range(40):
-            samples["engine warm"].append(1e3 * await _timed(lambda: engine.rank(*user)))
-            # One candidate on a cached context is next to nothing to compute: what is left is the engine.
-            samples["smallest warm"].append(1e3 * await _timed(lambda: engine.rank(user[0], user[1][:1])))
-    network = model.model.to(device)
-    context, candidates = (torch.from_numpy(part)[None].to(device) for part in user)
-    for _ in range(40):
-        start = time.perf_counter()
-        with torch.inference_mode():
-            network(context, candidates).float().cpu()
-        samples["dense"].append(1e3 * (time.perf_counter() - start))
-    medians = {key: statistics.median(values[10:]) for key, values in samples.items()}
-    print(f"   {name}: {medians}", flush=True)
-    return {"preset": name, "dtype": options.dtype, "milliseconds": samples, "p50": medians}
+    user = rows(model, 1024, CANDIDATES, options.seed)
+    samples: list[float] = []
+    async with Engine(model, options, options.dtype, profiled=True) as engine:
+        engine.take_turn()
+        for _ in range(60):
+            samples.append(1e3 * await _timed(lambda: engine.rank(*user)))
+        await engine.engine.profile(True)
+        for _ in range(PROFILED):
+            await engine.rank(*user)
+        await engine.engine.profile(False)
+        busy = engine.busy()
+    median, gpu = statistics.median(samples[10:]), sum(busy.values())
+    print(f"   {name}: p50 {median:.2f} ms, GPU busy {gpu:.2f} ms, the engine adds {median - gpu:.2f} ms", flush=True)
+    for kernel, milliseconds in sorted(busy.items(), key=lambda item: -item[1])[:12]:
+        print(f"      {milliseconds:7.3f} ms  {kernel[:100]}", flush=True)
+    return {"preset": name, "dtype": options.dtype, "milliseconds": samples, "p50": median, "gpu_milliseconds": busy}
 
 
 async def throughput(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -180,6 +193,7 @@ async def throughput(options: argparse.Namespace, name: str) -> dict[str, Any]:
                 position += 1
                 latencies.append(1e3 * await _timed(lambda one=context: engine.rank(one, candidates)))
 
+        engine.take_turn()
         for seconds in (options.seconds / 2, options.seconds):  # the first fills the cache
             latencies.clear()
             before, start = engine.engine.statistics(), time.perf_counter()
@@ -201,7 +215,10 @@ async def throughput(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, tuple[Callable[..., Awaitable[Any]], Callable[[argparse.Namespace], list[str]]]] = {
-    "parity": (parity, lambda options: options.preset or ["small", "medium"]),
+    "parity": (
+        parity,
+        lambda options: [f"{name}-{dtype}" for name in options.preset or ["small", "medium"] for dtype in DTYPES],
+    ),
     "overhead": (overhead, lambda options: options.preset or ["large"]),
     "throughput": (throughput, lambda options: options.preset or ["xlarge"]),
     "crossover": (crossover, lambda options: options.preset or [name for name in preset_names() if name != "tiny"]),
@@ -209,34 +226,73 @@ SECTIONS: dict[str, tuple[Callable[..., Awaitable[Any]], Callable[[argparse.Name
 
 
 class Engine:
-    """A row engine on a checkpoint, in a folder of its own."""
+    """A row engine on a checkpoint, in a folder of its own.
 
-    def __init__(self, model: Checkpoint, options: argparse.Namespace, dtype: str) -> None:
+    Args:
+        model: Its network.
+        options: Of the command line.
+        dtype: Precision.
+        profiled: Whether ``busy`` will be asked for.
+    """
+
+    def __init__(self, model: Checkpoint, options: argparse.Namespace, dtype: str, profiled: bool = False) -> None:
         longest = max(CONTEXTS) + 1024
-        self.settings = VLLMSettings(
+        settings = VLLMSettings(
             max_model_len=longest,
             max_num_batched_tokens=max(8192, longest),
             dtype=dtype,
-            gpu_memory_utilization=0.85,
+            gpu_memory_utilization=0.2 if options.kv_gib else 0.85,
+            kv_cache_memory_bytes=options.kv_gib and options.kv_gib << 30,
             enforce_eager=not options.graphs,
         )
-        self._model = model
-        self._folder = tempfile.TemporaryDirectory()
+        self.settings = settings
+        self._temporary = tempfile.TemporaryDirectory()
+        self._lock = (options.out / ".turn").open("w")
+        self._folder = Path(self._temporary.name) / "model"
+        self._traces = Path(self._temporary.name) / "traces"
+        self._profiled = profiled
+        self._start_when: Path | None = options.start_when
+        write_folder(model, self._folder / settings.model)
+        settings.save(self._folder / SETTINGS_FILE)
 
     async def __aenter__(self) -> Engine:
-        folder = Path(self._folder.name)
-        write_folder(self._model, folder / self.settings.model)
-        self.settings.save(folder / SETTINGS_FILE)
-        self.engine = await VLLMRowEngine.start_warm(folder, threads=2)
+        profiler = {
+            "profiler": "torch",
+            "torch_profiler_dir": str(self._traces),
+            "torch_profiler_with_stack": False,
+            "torch_profiler_dump_cuda_time_total": False,
+            "ignore_frontend": True,
+        }
+        more = {"profiler_config": profiler} if self._profiled else {}
+        start = time.perf_counter()
+        self.engine = await VLLMRowEngine.start_warm(self._folder, threads=2, more=more)
+        print(f"   started in {time.perf_counter() - start:.1f} s", flush=True)
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        self._lock.close()  # the next one's turn
         await asyncio.to_thread(self.engine.shutdown)
-        self._folder.cleanup()
+        self._temporary.cleanup()
+
+    def take_turn(self) -> None:
+        """Wait until no other run on this GPU measures."""
+        while self._start_when is not None and not self._start_when.exists():
+            time.sleep(0.2)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     async def rank(self, context: Rows, candidates: Rows) -> npt.NDArray[np.float32]:
         """FP32 [k, T]."""
         return await self.engine.rank(context, candidates, 120.0)
+
+    def busy(self) -> dict[str, float]:
+        """Milliseconds of the GPU by kernel or copy, of each of the ``PROFILED`` requests."""
+        (trace,) = self._traces.rglob("*.json.gz")
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        total: dict[str, float] = {}
+        for event in events:
+            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+                total[event["name"]] = total.get(event["name"], 0.0) + event["dur"] / 1e3 / PROFILED
+        return total
 
 
 def checkpoint(name: str, seed: int, dtype: torch.dtype) -> Checkpoint:
@@ -244,7 +300,10 @@ def checkpoint(name: str, seed: int, dtype: torch.dtype) -> Checkpoint:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return synthetic_checkpoint(preset(name, max_positions=4096), num_items=20_000, seed=seed)
+        with torch.device(DEVICE):
+            made = synthetic_checkpoint(preset(name, max_positions=4096), 20_000, seed, MAX_HISTORY)
+        made.model.to(DEVICE)  # what was made out of arrays
+        return made
     finally:
         torch.set_default_dtype(before)
 
@@ -258,14 +317,13 @@ def rows(model: Checkpoint, context: int, candidates: int, seed: int) -> User:
 
 def _dense_rate(model: Checkpoint, contexts: list[Rows], candidates: Rows, seconds: float, batch: int = 8) -> float:
     """Requests a second of the eager network in full batches, which is more than baseline serves."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = model.model.to(device)
-    shared = torch.from_numpy(np.repeat(candidates[None], batch, axis=0)).to(device)
+    network = model.model
+    shared = torch.from_numpy(np.repeat(candidates[None], batch, axis=0)).to(DEVICE)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         chosen = np.stack([contexts[(count + index) % len(contexts)] for index in range(batch)])
         with torch.inference_mode():
-            network(torch.from_numpy(chosen).to(device), shared).float().cpu()
+            network(torch.from_numpy(chosen).to(DEVICE), shared).float().cpu()
         count += batch
     return count / (time.perf_counter() - start)
 
@@ -276,7 +334,8 @@ async def _timed(call: Callable[[], Awaitable[Any]]) -> float:
     return time.perf_counter() - start
 
 
-def _gpu() -> Mapping[str, Any]:
+def gpu() -> Mapping[str, Any]:
+    """The GPU and what drives it; nothing without one."""
     if not torch.cuda.is_available():
         return {}
     return {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}

@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, VLLMSettings
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
 from mtgr.files import read_json
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
-from mtgr.vllm_plugin import SCHEDULER, register
+from mtgr.vllm_plugin import CUDA_GRAPHS, SCHEDULER, register
 from mtgr.vllm_plugin.orphans import mark_children
 from mtgr.vllm_plugin.rows import RowCodec, trimmed, visible_lengths
 
@@ -94,12 +95,15 @@ class VLLMRowEngine:
         self._recorder: _Recorder | None = None
 
     @classmethod
-    async def start(cls, version_directory: Path, threads: int = 1) -> VLLMRowEngine:
+    async def start(
+        cls, version_directory: Path, threads: int = 1, more: Mapping[str, Any] | None = None
+    ) -> VLLMRowEngine:
         """Start the engine of a model's version directory, which holds ``model.json``.
 
         Args:
             version_directory: Where the model is.
             threads: Threads of its processes within an operator, where they compute on a CPU.
+            more: Arguments of vLLM beyond those that ``model.json`` has, such as a profiler's.
 
         Raises:
             ConfigurationError: If vLLM is missing or of an untested version, or the engine does not start.
@@ -133,6 +137,7 @@ class VLLMRowEngine:
             enable_chunked_prefill=False,
             scheduler_cls=SCHEDULER,
             use_tqdm_on_load=False,
+            **(more or {}),
         )
         recorder = _Recorder()
         try:
@@ -147,14 +152,16 @@ class VLLMRowEngine:
         return started
 
     @classmethod
-    async def start_warm(cls, version_directory: Path, threads: int = 1) -> VLLMRowEngine:
+    async def start_warm(
+        cls, version_directory: Path, threads: int = 1, more: Mapping[str, Any] | None = None
+    ) -> VLLMRowEngine:
         """``start`` and ``warm_up``; an engine that cannot be warmed up is ended.
 
         Raises:
             ConfigurationError: As ``start``.
             UnavailableError: If it does not answer.
         """
-        engine = await cls.start(version_directory, threads)
+        engine = await cls.start(version_directory, threads, more)
         try:
             await engine.warm_up()
         except BaseException:
@@ -237,6 +244,10 @@ class VLLMRowEngine:
         """What the engine did so far."""
         gauges = self._recorder.values() if self._recorder is not None else {}
         return EngineStatistics(**self._counters, **gauges)
+
+    async def profile(self, run: bool) -> None:
+        """Start or stop the profiler that ``start`` was given in ``more``."""
+        await (self._engine.start_profile() if run else self._engine.stop_profile())
 
     def shutdown(self) -> None:
         """End the engine's processes, which takes seconds; requests in flight fail. From any thread."""
@@ -340,6 +351,9 @@ def _engine_arguments(settings: VLLMSettings) -> dict[str, Any]:
     """Arguments of vLLM that the settings decide."""
     arguments = settings.to_dict()
     del arguments["model"]
+    # vLLM has no graphs for pooling models: the plugin's own are asked for where vLLM leaves room for a platform's.
+    arguments["additional_config"] = {CUDA_GRAPHS: not settings.enforce_eager}
+    arguments["enforce_eager"] = True
     on_gpu = torch.cuda.is_available()
     if settings.dtype == "auto":
         arguments["dtype"] = "bfloat16" if on_gpu else "float32"

@@ -383,6 +383,8 @@ def attention_launches(
     block_size = cache.shape[2]
     if any(tensor.stride(-1) != 1 for tensor in (q, k, v, cache, out, block_table)):
         raise ConfigurationError("paged attention: the last dimension of every tensor must be contiguous.")
+    if not (query_start.is_contiguous() and visible.is_contiguous() and is_candidate.is_contiguous()):
+        raise ConfigurationError("paged attention: query_start, visible and is_candidate must be contiguous.")
     if block_size & (block_size - 1) or cache.shape[1:] != (num_heads, block_size, 2 * head_size):
         raise ConfigurationError(
             f"paged attention: the cache is {tuple(cache.shape)}; it must be [blocks, {num_heads}, a power of two, "

@@ -3,6 +3,7 @@
 ARCHITECTURE = "MTGRForRecommendation"
 MODEL_TYPE = "mtgr"
 SCHEDULER = "mtgr.vllm_plugin.scheduler.ContextScheduler"
+CUDA_GRAPHS = "mtgr_cuda_graphs"  # key of additional_config: whether steps run as captured graphs
 
 
 def register() -> None:
@@ -24,3 +25,9 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, MTGRConfig, exist_ok=True)
     # By name: importing the model here would initialise CUDA in processes that must not.
     ModelRegistry.register_model(ARCHITECTURE, f"mtgr.vllm_plugin.model:{ARCHITECTURE}")
+    # The engine looks it up when it starts; there is no option for it.
+    from vllm.v1.engine import core
+
+    from mtgr.vllm_plugin.hashing import page_hasher
+
+    core.get_request_block_hasher = page_hasher

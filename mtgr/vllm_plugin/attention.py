@@ -25,23 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from mtgr.kernels.paged_attention import PagedBias, paged_attention
 from mtgr.kernels.store import store_keys_values, store_times
-
-
-@dataclass
-class StepMetadata:
-    """What the cache manager says of one step; T tokens of R requests.
-
-    Attributes:
-        num_tokens: T.
-        query_start: INT32 [R + 1], first token of each request.
-        block_table: INT32 [R, b], pages of each request.
-        slots: INT64 [T], where each token's keys and values go; negative for padding.
-    """
-
-    num_tokens: int
-    query_start: Tensor
-    block_table: Tensor
-    slots: Tensor
+from mtgr.vllm_plugin.step import StepMetadata
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):

@@ -17,10 +17,13 @@ from mtgr.model.hstu import HSTUBlock
 from mtgr.model.mtgr import MTGR
 from mtgr.model.norm import GroupLayerNorm
 from mtgr.schema import SLOT_COLUMN, TYPE_COLUMN, TokenType
+from mtgr.vllm_plugin import CUDA_GRAPHS
 from mtgr.vllm_plugin.attention import PagedAttention, Step, TokenTimes
 from mtgr.vllm_plugin.config import MTGRConfig
+from mtgr.vllm_plugin.graphs import StepGraphs
 from mtgr.vllm_plugin.pooler import ScorePooler
 from mtgr.vllm_plugin.rows import RowCodec
+from mtgr.vllm_plugin.step import StepMetadata
 
 
 class MTGRForRecommendation(nn.Module, VllmModelForPooling):
@@ -56,6 +59,8 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         # The pooler reads candidate rows here: a captured graph writes to this very memory again.
         self.register_buffer("rows", torch.zeros(max_tokens, schema.width, dtype=torch.int32), persistent=False)
         self.pooler = ScorePooler(self.network, self.rows)
+        captured = self.rows.is_cuda and vllm_config.additional_config.get(CUDA_GRAPHS, False)
+        self.graphs = StepGraphs(self._trunk_and_scores, max_tokens) if captured else None
 
     def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Rows of padding: requests never have token ids."""
@@ -73,10 +78,31 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         """Trunk outputs, float [T, d], of rows in the form of ``RowCodec``, float [T, bytes]."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(positions)
-        rows, visible = self.codec.decode(inputs_embeds)
+        metadata = self._metadata()
+        captured = None if self.graphs is None or metadata is None else self.graphs.run(inputs_embeds, metadata)
+        if captured is None:
+            self.pooler.scores = None
+            return self.trunk(inputs_embeds, metadata)
+        hidden, self.pooler.scores = captured
+        return hidden
+
+    def _trunk_and_scores(self, embeds: Tensor, metadata: StepMetadata) -> tuple[Tensor, Tensor]:
+        """Trunk outputs, float [T, d], and scores, FP32 [T, tasks], those of context tokens without a meaning.
+
+        Scored with the trunk, candidates cost one launch less a kernel, and context tokens next to nothing.
+        """
+        hidden = self.trunk(embeds, metadata)
+        rows = self.rows[: len(embeds)]
+        # Other tokens' ids are of other tables.
+        rows = rows.masked_fill((rows[:, TYPE_COLUMN] != TokenType.CANDIDATE)[:, None], 0)
+        return hidden, self.network.task_logits(hidden, rows).sigmoid()
+
+    def trunk(self, embeds: Tensor, metadata: StepMetadata | None) -> Tensor:
+        """Trunk outputs, float [T, d]; without metadata vLLM only measures memory, and nothing is attended to."""
+        rows, visible = self.codec.decode(embeds)
         self.rows[: len(rows)].copy_(rows)
         types = rows[:, TYPE_COLUMN]
-        step = self._step(rows, visible, types == TokenType.CANDIDATE)
+        step = self._step(metadata, rows, visible, types == TokenType.CANDIDATE)
         x = self._embed(rows, visible, step.is_candidate)
         blocks: Iterable[tuple[Any, Any]] = zip(self.network.blocks, self.attention, strict=True)
         for index, (block, attention) in enumerate(blocks):
@@ -129,9 +155,11 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         )
         return torch.where(is_candidate[:, None], candidates, context)
 
-    def _step(self, rows: Tensor, visible: Tensor, is_candidate: Tensor) -> Step:
+    def _metadata(self) -> StepMetadata | None:
         first: PagedAttention = self.attention[0]  # type: ignore[assignment]
-        metadata = first.metadata()
+        return first.metadata()
+
+    def _step(self, metadata: StepMetadata | None, rows: Tensor, visible: Tensor, is_candidate: Tensor) -> Step:
         if metadata is None:
             return Step(None, is_candidate, visible, None, None)
         slots = metadata.slots[: len(rows)].masked_fill(is_candidate, -1)

@@ -23,6 +23,9 @@ class ScorePooler(Pooler):
     Args:
         network: Has the heads.
         rows: INT32 [max_tokens, W], the step's rows.
+
+    Attributes:
+        scores: FP32 [T, tasks], where they were computed with the step's trunk; None where that is left to do.
     """
 
     def __init__(self, network: MTGR, rows: Tensor) -> None:
@@ -30,6 +33,7 @@ class ScorePooler(Pooler):
         # In lists, so that they are not this module's parameters a second time.
         self._network = [network]
         self._rows = [rows]
+        self.scores: Tensor | None = None
 
     def get_supported_tasks(self) -> Set[str]:
         """The one task that returns a vector per token."""
@@ -75,6 +79,12 @@ class ScorePooler(Pooler):
         return outputs
 
     def _rank(self, hidden_states: Tensor, tokens: Tensor) -> Tensor:
+        if self.scores is not None:
+            # A copy in any case: the next step writes its own scores there.
+            first, last = int(tokens[0]), int(tokens[-1]) + 1
+            if last - first == len(tokens):
+                return self.scores[first:last].clone()
+            return self.scores[tokens.to(hidden_states.device, non_blocking=True)]
         index = tokens.to(hidden_states.device, non_blocking=True)
         return self._network[0].task_logits(hidden_states[index], self._rows[0][index]).sigmoid()
 

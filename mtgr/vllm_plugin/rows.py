@@ -73,7 +73,7 @@ class RowCodec:
         padded = torch.nn.functional.pad(embeds, (0, 1)).to(torch.int32)
         parts = padded[:, self._places].view(len(embeds), -1, 4) << self._shifts
         whole = parts.sum(dim=-1, dtype=torch.int32)
-        return whole[:, : self.columns], whole[:, self.columns]
+        return whole[:, : self.columns], whole[:, self.columns].contiguous()
 
 
 def visible_lengths(

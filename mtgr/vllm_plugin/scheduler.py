@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
-CONTEXT_TOKENS = "context_tokens"
+from mtgr.vllm_plugin.hashing import context_tokens
 
 # After so long nobody overtakes a request any more, or a stream of cached ones would keep it waiting for ever.
 PATIENCE_SECONDS = 0.25
@@ -34,11 +34,6 @@ class ContextScheduler(AsyncScheduler):
 
         coordinator.cache_blocks = cache_context
 
-    def add_request(self, request: Request) -> None:
-        """Take a request, without the hashes of blocks that hold candidates: they are never looked up."""
-        del request.block_hashes[context_tokens(request) // self.block_size :]
-        super().add_request(request)
-
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Choose the requests of the next step."""
         if len(self.waiting) > 1:
@@ -56,10 +51,3 @@ class ContextScheduler(AsyncScheduler):
         hashes = request.block_hashes
         groups = list(range(len(self.kv_cache_config.kv_cache_groups)))
         return bool(hashes) and self.kv_cache_manager.block_pool.get_cached_block(hashes[0], groups) is not None
-
-
-def context_tokens(request: Request) -> int:
-    """Leading tokens of a request that are context."""
-    params = request.pooling_params
-    extra = (params.extra_kwargs or {}) if params is not None else {}
-    return int(extra.get(CONTEXT_TOKENS, 0))

@@ -1,0 +1,114 @@
+"""CUDA graphs of a step: what the host would launch in milliseconds, kernel by kernel, in one launch.
+
+vLLM captures no full graphs of pooling models, so the model keeps its own. A step of any requests fits a graph of at
+least its tokens and requests: the kernels read what differs - rows, pages, who owns which token - from buffers that
+stay where they are, and what is left over belongs to no request.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtgr.vllm_plugin.step import StepMetadata
+
+# A step of 256 candidates must not be padded to much more, nor one of 2,048 + 256 tokens.
+# fmt: off
+_SIZES: tuple[int, ...] = (
+    16, 32, 64, 96, 128, 192, 256, 272, 320, 384, 448, 512, 576, 640, 768, 896, 1024, 1152, 1280, 1536, 1792,
+    2048, 2304, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192,
+)
+# fmt: on
+
+# Requests of a graph: more only make programs that find nothing to do.
+_TOKENS_PER_REQUEST = 64
+_FEWEST_REQUESTS = 4
+
+Compute = Callable[[Tensor, StepMetadata], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    hidden: Tensor
+    scores: Tensor
+
+
+def graph_sizes(max_tokens: int) -> tuple[int, ...]:
+    """Numbers of tokens that graphs are captured for, where a step has at most ``max_tokens``."""
+    return tuple(size for size in _SIZES if size <= max_tokens)
+
+
+def graph_requests(size: int) -> int:
+    """Requests that a graph of ``size`` tokens takes."""
+    return max(_FEWEST_REQUESTS, size // _TOKENS_PER_REQUEST)
+
+
+class StepGraphs:
+    """Runs steps by graphs where one fits.
+
+    Args:
+        compute: Trunk outputs, float [T, d], and scores, FP32 [T, tasks], of embeds, float [T, w], and the step's
+            metadata. Its launches depend on shapes only.
+        max_tokens: Of a step.
+    """
+
+    def __init__(self, compute: Compute, max_tokens: int) -> None:
+        self._compute = compute
+        self._sizes = graph_sizes(max_tokens)
+        self._captured: dict[int, _Captured] = {}
+        self._embeds: Tensor | None = None
+
+    def run(self, embeds: Tensor, metadata: StepMetadata) -> tuple[Tensor, Tensor] | None:
+        """``compute``'s answer, valid until the next step; None if no graph fits. The first step captures them all."""
+        num_tokens, num_requests = len(embeds), len(metadata.block_table)
+        size = self.fitting(num_tokens, num_requests)
+        if size is None:
+            return None
+        if self._embeds is None:
+            self._capture(embeds, metadata)
+        self._fill(embeds, metadata, size)
+        captured = self._captured[size]
+        captured.graph.replay()
+        return captured.hidden[:num_tokens], captured.scores[:num_tokens]
+
+    def fitting(self, num_tokens: int, num_requests: int) -> int | None:
+        """Tokens of the smallest graph that takes the step; None if there is none."""
+        first = bisect.bisect_left(self._sizes, num_tokens)
+        return next((size for size in self._sizes[first:] if graph_requests(size) >= num_requests), None)
+
+    def _fill(self, embeds: Tensor, metadata: StepMetadata, size: int) -> None:
+        """Put a step into the buffers. Tokens left over are stored nowhere, requests left over are empty."""
+        assert self._embeds is not None
+        num_tokens, num_requests = len(embeds), len(metadata.block_table)
+        self._embeds[:num_tokens].copy_(embeds)
+        self._slots[:num_tokens].copy_(metadata.slots[:num_tokens])
+        self._slots[num_tokens:size].fill_(-1)
+        self._query_start[: num_requests + 1].copy_(metadata.query_start)
+        self._query_start[num_requests + 1 :].fill_(num_tokens)
+        self._block_table[:num_requests].copy_(metadata.block_table)
+
+    def _capture(self, embeds: Tensor, metadata: StepMetadata) -> None:
+        """Capture a graph of every size, the largest first: the others find the memory that they need in its pool."""
+        most, device = self._sizes[-1], embeds.device
+        self._embeds = embeds.new_zeros(most, embeds.shape[1])
+        self._slots = torch.full((most,), -1, dtype=metadata.slots.dtype, device=device)
+        self._query_start = metadata.query_start.new_zeros(graph_requests(most) + 1)
+        self._block_table = metadata.block_table.new_zeros(graph_requests(most), metadata.block_table.shape[1])
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            requests = graph_requests(size)
+            step = StepMetadata(
+                size, self._query_start[: requests + 1], self._block_table[:requests], self._slots[:size]
+            )
+            self._compute(self._embeds[:size], step)  # compiles and allocates what a capture may not
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of vLLM's may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                hidden, scores = self._compute(self._embeds[:size], step)
+            self._captured[size] = _Captured(graph, hidden, scores)
