@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, VLLMSettings
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
 from mtgr.files import read_json
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
-from mtgr.vllm_plugin import CUDA_GRAPHS, SCHEDULER, register
+from mtgr.vllm_plugin import CANDIDATES, CONTEXT_TOKENS, CUDA_GRAPHS, SCHEDULER, register
 from mtgr.vllm_plugin.orphans import mark_children
 from mtgr.vllm_plugin.rows import RowCodec, trimmed, visible_lengths
 
@@ -92,6 +92,7 @@ class VLLMRowEngine:
         self._checker = RowChecker(schema, config.max_positions)
         self._identity = hashlib.sha256(f"{version} {schema.hash}".encode())
         self._counters: dict[str, Any] = {}
+        self._numbers = itertools.count()
         self._recorder: _Recorder | None = None
 
     @classmethod
@@ -277,19 +278,21 @@ class VLLMRowEngine:
     async def _run(self, context: Int32Array, visible: Int32Array, candidates: Int32Array, salt: str) -> torch.Tensor:
         """One request of vLLM: FP32 [k, T], or FP64 [m, 2] without candidates."""
         from vllm import PoolingParams
+        from vllm.inputs import embeds_input
 
         n, k = len(context), len(candidates)
         rows = np.concatenate([context, candidates])
         seen = np.concatenate([visible, np.full(k, n, dtype=np.int32)])
         params = PoolingParams(
             task="token_classify",
-            extra_kwargs={"context_tokens": n, "candidates": k},
+            extra_kwargs={CONTEXT_TOKENS: n, CANDIDATES: k},
             skip_reading_prefix_cache=False,
         )
-        prompt = {"prompt_embeds": self._codec.encode(rows, seen, self._dtype), "cache_salt": salt}
+        # In the form that vLLM makes of a prompt: it is not handed to a thread that would make it.
+        prompt = embeds_input(self._codec.encode(rows, seen, self._dtype), cache_salt=salt)
         try:
             # There is one output: the engine computes a request in one step.
-            outputs = [out async for out in self._engine.encode(prompt, params, request_id=uuid.uuid4().hex)]
+            outputs = [out async for out in self._engine.encode(prompt, params, request_id=str(next(self._numbers)))]
         except asyncio.CancelledError:
             self._count(aborted=1)
             raise

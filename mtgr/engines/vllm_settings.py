@@ -38,7 +38,8 @@ class VLLMSettings:
         num_gpu_blocks_override: Number of pages, for tests of a full cache; None leaves it to the memory.
         tensor_parallel_size: GPUs that share the model; 1.
         quantization: None: the plugin has no quantised layers yet.
-        enforce_eager: Launch kernels one by one; false captures CUDA graphs at start.
+        enforce_eager: Launch kernels one by one on a GPU; false captures CUDA graphs of all steps at the first request,
+            which takes seconds, and memory for the largest step's activations once more.
         disable_log_stats: Without statistics there are no metrics.
     """
 
@@ -53,7 +54,7 @@ class VLLMSettings:
     num_gpu_blocks_override: int | None = None
     tensor_parallel_size: int = 1
     quantization: str | None = None
-    enforce_eager: bool = True
+    enforce_eager: bool = False
     disable_log_stats: bool = False
 
     def __post_init__(self) -> None:

@@ -54,8 +54,8 @@ def paged_attention(
         cache: Float [num_blocks, H, block_size, 2 D], keys then values in the last dimension; block_size is a power of
             two.
         block_table: INT32 [R, max_blocks], the cache blocks of each request in order.
-        query_start: INT32 [R + 1], contiguous like ``visible`` and ``is_candidate``; request r's tokens are query_start[r] .. query_start[r + 1] - 1. Requests may be
-            empty, and T may be larger than query_start[R].
+        query_start: INT32 [R + 1], contiguous like ``visible`` and ``is_candidate``; request r's tokens are
+            query_start[r] .. query_start[r + 1] - 1. Requests may be empty, and T may be larger than query_start[R].
         visible: INT32 [T], how many leading tokens of its sequence a token sees.
         is_candidate: BOOL or INT32 [T], whether a token sees itself besides.
         out: FP32 or the model's precision [T, H, D], last dimension contiguous; rows from query_start[R] on stay as

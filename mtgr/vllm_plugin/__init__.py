@@ -3,6 +3,8 @@
 ARCHITECTURE = "MTGRForRecommendation"
 MODEL_TYPE = "mtgr"
 SCHEDULER = "mtgr.vllm_plugin.scheduler.ContextScheduler"
+# Of a request's extra_kwargs: how many of its leading tokens are context, and how many candidates follow.
+CONTEXT_TOKENS, CANDIDATES = "context_tokens", "candidates"
 CUDA_GRAPHS = "mtgr_cuda_graphs"  # key of additional_config: whether steps run as captured graphs
 
 

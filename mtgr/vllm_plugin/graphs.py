@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,15 @@ Compute = Callable[[Tensor, StepMetadata], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class _Captured:
+class Captured:
+    """A graph, and where its replay leaves the outputs.
+
+    Attributes:
+        graph: The graph.
+        hidden: Float [T, d].
+        scores: FP32 [T, tasks].
+    """
+
     graph: torch.cuda.CUDAGraph
     hidden: Tensor
     scores: Tensor
@@ -60,7 +69,7 @@ class StepGraphs:
     def __init__(self, compute: Compute, max_tokens: int) -> None:
         self._compute = compute
         self._sizes = graph_sizes(max_tokens)
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[int, Captured] = {}
         self._embeds: Tensor | None = None
 
     def run(self, embeds: Tensor, metadata: StepMetadata) -> tuple[Tensor, Tensor] | None:
@@ -99,16 +108,26 @@ class StepGraphs:
         self._slots = torch.full((most,), -1, dtype=metadata.slots.dtype, device=device)
         self._query_start = metadata.query_start.new_zeros(graph_requests(most) + 1)
         self._block_table = metadata.block_table.new_zeros(graph_requests(most), metadata.block_table.shape[1])
-        pool = torch.cuda.graph_pool_handle()
+        pool = new_pool()
         for size in reversed(self._sizes):
             requests = graph_requests(size)
             step = StepMetadata(
                 size, self._query_start[: requests + 1], self._block_table[:requests], self._slots[:size]
             )
-            self._compute(self._embeds[:size], step)  # compiles and allocates what a capture may not
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of vLLM's may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                hidden, scores = self._compute(self._embeds[:size], step)
-            self._captured[size] = _Captured(graph, hidden, scores)
+            self._captured[size] = capture(self._compute, self._embeds[:size], step, pool)
+
+
+def new_pool() -> Any:
+    """Memory that graphs share, none of which run side by side."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(compute: Compute, embeds: Tensor, step: StepMetadata, pool: Any) -> Captured:
+    """Capture ``compute`` on buffers that are filled anew before each replay."""
+    compute(embeds, step)  # compiles and allocates what a capture may not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads of vLLM's may use the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        hidden, scores = compute(embeds, step)
+    return Captured(graph, hidden, scores)

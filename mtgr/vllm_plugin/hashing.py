@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-CONTEXT_TOKENS = "context_tokens"
+from mtgr.vllm_plugin import CONTEXT_TOKENS
 
 Hasher = Callable[[Any], list[bytes]]
 

@@ -10,9 +10,9 @@ from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from mtgr.model.mtgr import MTGR
+from mtgr.vllm_plugin import CANDIDATES
 
 TASK = "token_classify"
-CANDIDATES = "candidates"
 
 
 class ScorePooler(Pooler):

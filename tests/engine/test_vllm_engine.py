@@ -7,6 +7,7 @@ import multiprocessing
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,9 +159,9 @@ def test_who_gives_up_at_the_start_leaves_one_engine(repository: Path, monkeypat
     starts: list[Path] = []
     start = VLLMRowEngine.start
 
-    async def counted(version_directory: Path, threads: int = 1) -> VLLMRowEngine:
+    async def counted(version_directory: Path, *arguments: Any) -> VLLMRowEngine:
         starts.append(version_directory)
-        return await start(version_directory, threads)
+        return await start(version_directory, *arguments)
 
     monkeypatch.setattr(VLLMRowEngine, "start", counted)
     others = set(multiprocessing.active_children())
