@@ -25,14 +25,15 @@ from export.rows import random_rows
 from mtgr.bundle import load_bundle
 from mtgr.checkpoint import Checkpoint, load_checkpoint
 from mtgr.client import AsyncMTGRClient
+from mtgr.config import ModelConfig, preset, preset_names
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
 from mtgr.engines.vllm_rows import VLLMRowEngine
 from mtgr.serving.server import TritonServer
 from perf.metrics_page import context_tokens
 from perf.record import ROOT, describe, store
-from perf.repository import CONFIG, set_threads, synthetic_repository
-from perf.synthetic import EPOCH, SPAN
+from perf.repository import CONFIG, built_repository, set_threads
+from perf.synthetic import EPOCH, SPAN, synthetic_checkpoint
 
 CONTEXT, CANDIDATES = 512, 64
 TARGET = 4.0  # cold over warm, of the engine
@@ -44,6 +45,7 @@ Samples = dict[str, list[float]]
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 0 if the target is met, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m perf.bench_vllm", description=__doc__)
+    parser.add_argument("--preset", choices=preset_names(), help="network; by default that of all benchmarks on a CPU")
     parser.add_argument("--threads", type=int, default=2, help="of each engine")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each throughput measurement, taken three times")
@@ -62,10 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def prepare(folder: Path, options: argparse.Namespace) -> tuple[Path, Checkpoint]:
     """A repository with every engine on a random network, and more users than are asked for."""
-    count = options.rounds + 64
-    repository = synthetic_repository(folder, count, CONTEXT, options.seed, ("baseline", "onnx", "vllm"))
+    model = synthetic_checkpoint(network(options), num_items=20_000, seed=options.seed)
+    users = {f"user-{index}": CONTEXT for index in range(options.rounds + 64)}
+    repository = built_repository(folder, model, users, options.seed, ("baseline", "onnx", "vllm"))
     set_threads(repository, options.threads)
     return repository, load_checkpoint(folder / "checkpoint")
+
+
+def network(options: argparse.Namespace) -> ModelConfig:
+    """The network that is measured."""
+    return preset(options.preset) if options.preset else CONFIG
 
 
 async def engine_latency(repository: Path, model: Checkpoint, options: argparse.Namespace) -> Samples:
@@ -162,8 +170,9 @@ def report(
     options: argparse.Namespace, latency: Mapping[str, Samples], throughput: Mapping[str, Any], hits: float
 ) -> int:
     """Print the table and keep the samples."""
+    config = network(options)
     print(
-        f"\nd {CONFIG.d_model}, {CONFIG.num_layers} layers, {CONTEXT} context, {CANDIDATES} candidates, "
+        f"\nd {config.d_model}, {config.num_layers} layers, {CONTEXT} context, {CANDIDATES} candidates, "
         f"{options.threads} threads; milliseconds at p50, one request at a time\n"
     )
     names = list(next(iter(latency.values())))
@@ -180,7 +189,7 @@ def report(
         p50, p99 = np.percentile(result["milliseconds"], [50, 99])
         print(f"{name:12}{statistics.median(result['per_second']):12.1f}{p50:10.1f}{p99:10.1f}")
     result = describe(options.seed) | {
-        "config": CONFIG.to_dict(),
+        "config": config.to_dict(),
         "context": CONTEXT,
         "candidates": CANDIDATES,
         "threads": options.threads,

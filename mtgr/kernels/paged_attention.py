@@ -128,7 +128,7 @@ def paged_attention_reference(
     """``paged_attention`` in PyTorch and FP32: what serves on the CPU, and what the kernel is compared with."""
     head_size = q.shape[-1]
     block_size = cache.shape[2]
-    by_head = cache.transpose(0, 1)
+    num_heads = q.shape[1]
     starts = query_start.tolist()
     for request, (start, stop) in enumerate(pairwise(starts)):
         if start == stop:
@@ -137,9 +137,10 @@ def paged_attention_reference(
         num_keys = int(seen.max())
         queries = q[start:stop].transpose(0, 1).float() * scale
         blocks = block_table[request, : -(-num_keys // block_size)].long()
-        gathered = by_head[:, blocks].flatten(1, 2).float()
+        # Whole pages first: picked out head by head they are copied in smaller pieces.
+        gathered = cache[blocks].transpose(0, 1).reshape(num_heads, -1, 2 * head_size).float()
         keys, values = gathered[..., :head_size].transpose(1, 2), gathered[..., head_size:]
-        step = max(_MIN_TILE_QUERIES, _TILE_LOGITS // max(1, q.shape[1] * num_keys))
+        step = max(_MIN_TILE_QUERIES, _TILE_LOGITS // max(1, num_heads * num_keys))
         attended = torch.empty(queries.shape, dtype=torch.float32, device=q.device)
         for first in range(0, stop - start, step):
             last = min(first + step, stop - start)

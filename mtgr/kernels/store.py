@@ -24,6 +24,8 @@ def store_keys_values(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Non
         store_keys_values_launch(k, v, cache, slots).run()
         return
     kept, blocks, offsets = _kept(slots, cache.shape[2])
+    if len(blocks) == 0:  # all are candidates
+        return
     head_size = k.shape[-1]
     cache[blocks, :, offsets, :head_size] = k[kept].to(cache.dtype)
     cache[blocks, :, offsets, head_size:] = v[kept].to(cache.dtype)

@@ -147,8 +147,15 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         )
 
     def _embed(self, rows: Tensor, visible: Tensor, is_candidate: Tensor) -> Tensor:
-        """Float [T, d]. Each embedding is shown padding where the other's rows stand, whose ids it may not have."""
+        """Float [T, d]."""
         embedding = self.network.embedding
+        if not rows.is_cuda:
+            x = torch.empty(len(rows), self.config.network_config.d_model, dtype=self.network.output_norm.gain.dtype)
+            x[~is_candidate] = embedding.context(rows[~is_candidate])
+            x[is_candidate] = embedding.candidates(rows[is_candidate], visible[is_candidate])
+            return x
+        # On a GPU nothing may wait for how many there are of each: both embeddings take all tokens, and each is shown
+        # padding where the other's rows stand, whose ids it may not have.
         context = embedding.context(rows.masked_fill(is_candidate[:, None], 0))
         candidates = embedding.candidates(
             rows.masked_fill(~is_candidate[:, None], 0), visible.masked_fill(~is_candidate, 0)
