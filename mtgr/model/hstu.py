@@ -60,12 +60,13 @@ class HSTUBlock(nn.Module):
 
     def project(self, x: Tensor, types: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """U [B, m, h dv] and, by head, V [B, h, m, dv], Q and K [B, h, m, dqk]; Q carries 1 / sqrt(dqk)."""
-        return self.project_normal(self.input_norm(x, types))
-
-    def project_normal(self, normal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``project`` of tokens that are normalised already, float [B, m, d]."""
-        u, v, q, k = F.silu(self.uvqk(normal)).split(self.split, dim=-1)
+        u, v, q, k = self.projected(self.input_norm(x, types))
         return u, self.by_head(v), self.by_head(q) * self.dqk**-0.5, self.by_head(k)
+
+    def projected(self, normal: Tensor) -> tuple[Tensor, ...]:
+        """U, V, Q, K of normalised tokens, float [..., d], heads side by side: [..., h dv] or [..., h dqk]."""
+        parts: tuple[Tensor, ...] = F.silu(self.uvqk(normal)).split(self.split, dim=-1)
+        return parts
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None) -> Tensor:
         """Masked A V, not yet divided by N: float [B, h, q, dv]."""

@@ -178,7 +178,7 @@ class PagedAttention(_PagedLayer):
         """Attend.
 
         Args:
-            q: Float [T, H, D], already times 1 / sqrt(D).
+            q: Float [T, H, D].
             k: Float [T, H, D].
             v: Float [T, H, D].
             step: What layers share.
@@ -187,10 +187,11 @@ class PagedAttention(_PagedLayer):
         Returns:
             FP32 [T, H, D], divided by N. FP32 because what a single token attends to would underflow in FP16.
         """
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         metadata = step.metadata
         if metadata is None or step.slots is None:
-            return out
+            return torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        # Rows of padding stay as they are: nothing reads them but their own later layers.
+        out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         store_keys_values(k, v, self.kv_cache, step.slots)
         return paged_attention(
             q,
@@ -202,7 +203,7 @@ class PagedAttention(_PagedLayer):
             step.visible,
             step.is_candidate,
             out,
-            scale=1.0,
+            scale=self.head_size**-0.5,
             norm_length=self.norm_length,
             bias=bias,
         )

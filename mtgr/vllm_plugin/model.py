@@ -200,8 +200,8 @@ def _block(
     block: HSTUBlock, attention: PagedAttention, x: Tensor, types: Tensor, step: Step, bias: PagedBias | None
 ) -> Tensor:
     """``HSTUBlock.forward`` with the keys of the context in the paged cache; float [T, d]."""
-    u, v, q, k = (part[0] for part in block.project_normal(_normalise(block.input_norm, x, types)[None]))
-    q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+    u, v, q, k = block.projected(_normalise(block.input_norm, x, types))
+    q, k, v = (part.unflatten(-1, (block.num_heads, -1)) for part in (q, k, v))
     attended = attention(q, k, v, step, bias).flatten(1)
     norm = block.output_norm
     return block.update(x, gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u))
