@@ -196,7 +196,7 @@ def started(
         {f"user-{context}-{index}": context for context, count in users.items() for index in range(count)},
         options.seed,
         strategies,
-        {"kv_cache_memory_bytes": options.kv_gib << 30, "gpu_memory_utilization": 0.2, "enforce_eager": False},
+        {"kv_cache_memory_bytes": options.kv_gib << 30, "gpu_memory_utilization": 0.05, "enforce_eager": False},
     )
     for name in ("mtgr_features", "mtgr_router"):
         set_instances(repository, name, options.door_instances)

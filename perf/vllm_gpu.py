@@ -241,7 +241,8 @@ class Engine:
             max_model_len=longest,
             max_num_batched_tokens=max(8192, longest),
             dtype=dtype,
-            gpu_memory_utilization=0.2 if options.kv_gib else 0.85,
+            # With the cache's memory given it says only what must be free at the start.
+            gpu_memory_utilization=0.05 if options.kv_gib else 0.85,
             kv_cache_memory_bytes=options.kv_gib and options.kv_gib << 30,
             enforce_eager=not options.graphs,
         )
