@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, action="append", help="tokens, of crossover")
     parser.add_argument("--kv-gib", type=int, help="memory of the cache, where engines share a GPU; all by default")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--graphs", action="store_true", help="capture CUDA graphs")
+    parser.add_argument("--eager", action="store_true", help="launch kernels one by one, without CUDA graphs")
     parser.add_argument("--users", type=int, default=2000, help="of throughput")
     parser.add_argument("--concurrency", type=int, default=256, help="of throughput")
     parser.add_argument("--seconds", type=float, default=20.0, help="of throughput")
@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for name in options.section or list(SECTIONS):
         for variant in SECTIONS[name][1](options):
-            path = options.out / f"vllm-{name}-{variant}{'-graphs' if options.graphs else ''}.json"
+            launched = "-eager" if options.eager else ""
+            path = options.out / f"vllm-{name}-{variant}{launched}.json"
             if options.resume and path.exists():
                 continue
             print(f"== {name} {variant}", flush=True)
@@ -150,7 +151,7 @@ async def crossover(options: argparse.Namespace, name: str) -> dict[str, Any]:
                 f"ratio {medians['cold'] / medians['warm']:.2f}",
                 flush=True,
             )
-    return {"preset": name, "dtype": options.dtype, "graphs": options.graphs, "table": table}
+    return {"preset": name, "dtype": options.dtype, "graphs": not options.eager, "table": table}
 
 
 async def overhead(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -244,7 +245,7 @@ class Engine:
             # With the cache's memory given it says only what must be free at the start.
             gpu_memory_utilization=0.05 if options.kv_gib else 0.85,
             kv_cache_memory_bytes=options.kv_gib and options.kv_gib << 30,
-            enforce_eager=not options.graphs,
+            enforce_eager=options.eager,
         )
         self.settings = settings
         self._temporary = tempfile.TemporaryDirectory()
