@@ -34,7 +34,7 @@ def test_command_line_checks_and_installs(checkpoint: Path, tmp_path: Path, capf
     assert "exporting mtgr_vllm ... starting vLLM to check it ... done" in captured.out
     manifest = Manifest.load(tmp_path / "mtgr_vllm" / "1")
     assert manifest.parity["checked"] is True
-    assert 0 < manifest.parity["max_abs_error"] <= TOLERANCE
+    assert manifest.parity["max_abs_error"] <= TOLERANCE
     assert main([*command, "--if-stale"]) == 0
     assert "holds the engines" in capfd.readouterr().out
 
