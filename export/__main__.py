@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,10 @@ from export.install import removed_model, template_hash
 from export.report import Exported, table
 from export.vllm import parse_settings, vllm_settings
 from mtgr.bundle import STORE_FILE, bundle_directory, stage_bundle
-from mtgr.checkpoint import load_checkpoint
+from mtgr.compat.options import parse_options
 from mtgr.errors import ConfigurationError, MTGRError
 from mtgr.features.catalog import CATALOG_FILE
+from mtgr.loading import DEFAULT_CHECKPOINT, LoadedModel, load_model, save_converted
 from mtgr.manifest import Manifest, latest_version
 from mtgr.schema import SCHEMA_FILE
 
@@ -25,7 +27,22 @@ from mtgr.schema import SCHEMA_FILE
 def main(arguments: list[str] | None = None) -> int:
     """Run the exports; 0 if all went well, 2 with one sentence if not."""
     parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=Path("build/checkpoint"), help="directory of `make train`")
+    parser.add_argument(
+        "--checkpoint",
+        default=str(DEFAULT_CHECKPOINT),
+        metavar="PATH_OR_ID",
+        help="directory of `make train`, a checkpoint of a public format, or owner/name on the Hugging Face hub",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what a public checkpoint's tensors do not show, such as num_heads=2; may be repeated",
+    )
+    parser.add_argument("--fallback", type=Path, help="directory of `make train`, for when --checkpoint cannot be used")
+    parser.add_argument("--converted", type=Path, default=Path("build/converted"), help="where conversions are kept")
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--store", type=Path, help="feature store file; the checkpoint's own by default")
     parser.add_argument("--if-stale", action="store_true", help="do nothing if this checkpoint is installed already")
@@ -45,9 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         changes = parse_settings(options.vllm)
+        loaded = load(options)
         job = Job(
-            load_checkpoint(options.checkpoint),
-            options.checkpoint,
+            loaded.checkpoint,
+            loaded.path,
             options.model_repository,
             changes,
             not options.skip_vllm_check,
@@ -59,15 +77,38 @@ def main(arguments: list[str] | None = None) -> int:
         if changes and EXPORTERS["vllm"] not in engines:
             reason = EXPORTERS["vllm"].problem(job) or "It is not among the engines asked for; add --engine vllm."
             raise ConfigurationError(f"--vllm is of no use, as vllm is not exported. {reason}")
-        store = options.store or options.checkpoint / STORE_FILE
+        store = options.store or job.directory / STORE_FILE
         if options.if_stale and is_installed(job, store, engines):
-            print(f"{options.model_repository} holds the engines of {options.checkpoint} already.")
+            print(f"{options.model_repository} holds the engines of {job.directory} already.")
             return 0
         export(job, store, options.engine)
     except MTGRError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def load(options: argparse.Namespace) -> LoadedModel:
+    """The checkpoint, converted into one of the project's own if it has a public format.
+
+    Raises:
+        ConfigurationError: If it cannot be loaded.
+    """
+    loaded = load_model(
+        options.checkpoint,
+        options=parse_options(options.option),
+        fallback=options.fallback,
+        revision=options.revision,
+    )
+    if loaded.report is not None:
+        print(loaded.report.table())
+        name = re.sub(r"[^A-Za-z0-9.-]+", "-", options.checkpoint.strip("/"))
+        loaded = save_converted(loaded, options.converted / name)
+        tasks = ", ".join(loaded.checkpoint.schema.task_names)
+        print(f"  its tasks are {tasks}: weigh them in the policy (routing.task_weights)")
+    if loaded.report is not None or loaded.fallback is not None:
+        print(loaded.used)
+    return loaded
 
 
 def available(job: Job, strategies: Sequence[str] | None = None) -> list[Exporter]:
@@ -107,9 +148,12 @@ def export(job: Job, store: Path | None = None, strategies: Sequence[str] | None
         stage_bundle(job.directory, store or job.directory / STORE_FILE, job.model_repository, stack)
         print(" done", flush=True)
         for exporter in chosen:
-            print(f"exporting {', '.join(exporter.models)} ...", end="", flush=True)
+            print(f"exporting {', '.join(exporter.models_of(job))} ...", end="", flush=True)
             start = time.perf_counter()
             first, *rest = exporter.stage(job, stack)
+            for model in set(exporter.models) - set(exporter.models_of(job)):
+                if (job.model_repository / model).is_dir():  # of another checkpoint, which could do more
+                    stack.enter_context(removed_model(model, job.model_repository))
             seconds = time.perf_counter() - start
             print(f" done in {seconds:.1f} s", flush=True)
             lines.append(Exported(exporter.strategy, "installed", first, seconds))
@@ -155,7 +199,7 @@ def is_installed(job: Job, store: Path, engines: Sequence[Exporter]) -> bool:
     try:
         return (
             all(filecmp.cmp(*pair, shallow=False) for pair in zip(sources, targets, strict=True))
-            and all(_is_current(exporter, model, job) for exporter in engines for model in exporter.models)
+            and all(_is_current(exporter, model, job) for exporter in engines for model in exporter.models_of(job))
             and all(
                 manifest.checkpoint == job.checkpoint.hash
                 for exporter in others

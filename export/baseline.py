@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from export.install import model_directory, template_hash
-from mtgr.checkpoint import CONFIG_FILE, MODEL_FILE, Checkpoint
+from mtgr.checkpoint import CONFIG_FILE, MODEL_FILE, Checkpoint, operations
 from mtgr.features.catalog import CATALOG_FILE
 from mtgr.manifest import Manifest
 from mtgr.schema import SCHEMA_FILE
@@ -29,6 +30,8 @@ def export_baseline(
     version = stack.enter_context(model_directory("mtgr_baseline", model_repository, checkpoint))
     for name in (MODEL_FILE, CONFIG_FILE, SCHEMA_FILE, CATALOG_FILE):
         shutil.copy2(checkpoint_directory / name, version / name)
+    if "retrieve" not in operations(checkpoint.model):
+        _remove_warmup(version.parent / "config.pbtxt", "retrieve")
     manifest = Manifest(
         model="mtgr_baseline",
         checkpoint=checkpoint.hash,
@@ -37,7 +40,19 @@ def export_baseline(
         versions={"torch": torch.__version__},
         shapes={"context": ["int32", -1, -1, checkpoint.schema.width]},
         parity={},  # it is the reference itself
-        details={"retrieve_count": checkpoint.model.retrieve_count, "template": template_hash("mtgr_baseline")},
+        details={
+            "retrieve_count": checkpoint.model.retrieve_count,
+            "operations": list(operations(checkpoint.model)),
+            "template": template_hash("mtgr_baseline"),
+        },
     )
     manifest.save(version)
     return manifest
+
+
+def _remove_warmup(config: Path, name: str) -> None:
+    """Take a warm-up sample out of a config: Triton does not load a model that fails one."""
+    sample = re.compile(rf',\s*\{{\s*name: "{name}".*?\n  \}}', flags=re.DOTALL)
+    text, count = sample.subn("", config.read_text(encoding="utf-8"))
+    assert count == 1, f"{config} has no warm-up sample {name}"
+    config.write_text(text, encoding="utf-8")

@@ -12,7 +12,8 @@ from typing import Any
 from export.baseline import export_baseline
 from export.onnx import OPSET, export_onnx
 from export.vllm import export_vllm, is_checked, vllm_problem, vllm_settings
-from mtgr.checkpoint import Checkpoint
+from mtgr.checkpoint import Checkpoint, operations
+from mtgr.compat.base import ForeignModel
 from mtgr.manifest import Manifest
 from mtgr.routing.strategies import STRATEGIES
 from mtgr.vllm_plugin import versions as vllm_versions
@@ -58,10 +59,22 @@ class Exporter:
         """Its Triton models."""
         return STRATEGIES[self.strategy].models
 
+    def models_of(self, job: Job) -> tuple[str, ...]:
+        """Those of them that the checkpoint's network has something to do for."""
+        if "retrieve" in operations(job.checkpoint.model):
+            return self.models
+        return (STRATEGIES[self.strategy].rank_model,)
+
 
 def _is_current_vllm(job: Job, manifest: Manifest) -> bool:
     settings = vllm_settings(job.checkpoint, job.vllm).to_dict()
     return manifest.details.get("settings") == settings and (is_checked(manifest) or not job.check_vllm)
+
+
+def _vllm_problem(job: Job) -> str | None:
+    if isinstance(job.checkpoint.model, ForeignModel):
+        return f"vllm: the plugin has no {job.checkpoint.model.config.network} network; export other engines."
+    return vllm_problem(job.checkpoint, job.vllm)
 
 
 EXPORTERS: dict[str, Exporter] = {
@@ -72,7 +85,7 @@ EXPORTERS: dict[str, Exporter] = {
         Exporter(
             "vllm",
             lambda job, stack: [export_vllm(job.checkpoint, *_into(job, stack), job.vllm, job.check_vllm)],
-            lambda job: vllm_problem(job.checkpoint, job.vllm),
+            _vllm_problem,
             _is_current_vllm,
         ),
     )

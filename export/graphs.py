@@ -10,10 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtgr.compat.base import ForeignModel
 from mtgr.model import MTGR
 from mtgr.model.hstu import HSTUBlock
 from mtgr.model.mask import visible_by_order
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, TokenType
+
+
+def rank_graph(model: MTGR | ForeignModel) -> nn.Module:
+    """What ranks; foreign networks are exported as they are."""
+    return RankGraph(model) if isinstance(model, MTGR) else model
+
+
+def retrieve_graph(model: MTGR | ForeignModel) -> nn.Module:
+    """What retrieves."""
+    return RetrieveGraph(model) if isinstance(model, MTGR) else ForeignRetrieveGraph(model)
 
 
 class RankGraph(nn.Module):
@@ -72,6 +83,19 @@ class RetrieveGraph(nn.Module):
         )
         logits = model.next_item_logits_of(model.output_norm(y, last_types)[:, 0])
         scores, items = logits.topk(model.retrieve_count, dim=-1)
+        return items.to(torch.int32) + FIRST_ID, scores
+
+
+class ForeignRetrieveGraph(nn.Module):
+    """``context`` [B, n, W] -> ``items`` [B, m], ``scores`` [B, m] of a foreign network."""
+
+    def __init__(self, model: ForeignModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``ForeignModel.retrieve``; TopK breaks ties by index, as its stable sort does."""
+        scores, items = self.model.next_item_logits(context).topk(self.model.retrieve_count, dim=-1)
         return items.to(torch.int32) + FIRST_ID, scores
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from export.graphs import RankGraph, RetrieveGraph
+from export.graphs import rank_graph, retrieve_graph
 from export.install import model_directory, template_hash
 from export.rows import random_rows
-from mtgr.checkpoint import Checkpoint
+from mtgr.checkpoint import Checkpoint, operations
 from mtgr.engines.onnx import OnnxEngine
 from mtgr.errors import ConfigurationError
 from mtgr.manifest import Manifest
@@ -50,7 +50,7 @@ class _Graph:
 
 
 def export_onnx(checkpoint: Checkpoint, model_repository: Path, stack: ExitStack, seed: int = 0) -> list[Manifest]:
-    """Export and check ``mtgr_onnx_rank`` and ``mtgr_onnx_retrieve``.
+    """Export and check ``mtgr_onnx_rank`` and ``mtgr_onnx_retrieve``, or those of them that the network can do.
 
     Args:
         checkpoint: A trained model.
@@ -117,19 +117,21 @@ def save_graph(module: nn.Module, path: Path, example: tuple[Tensor, ...], graph
     onnx.checker.check_model(str(path))
 
 
-def _graphs(checkpoint: Checkpoint) -> tuple[_Graph, _Graph]:
+def _graphs(checkpoint: Checkpoint) -> tuple[_Graph, ...]:
     batch, context, candidates = Dim("batch", max=4096), Dim("context", max=4096), Dim("candidates", max=16_384)
     rank = _Graph(
         "mtgr_onnx_rank",
-        RankGraph(checkpoint.model),
+        rank_graph(checkpoint.model),
         ("context", "candidates"),
         ("task_scores",),
         ({0: batch, 1: context}, {0: batch, 1: candidates}),
         rank_error,
     )
+    if "retrieve" not in operations(checkpoint.model):
+        return (rank,)
     retrieve = _Graph(
         "mtgr_onnx_retrieve",
-        RetrieveGraph(checkpoint.model),
+        retrieve_graph(checkpoint.model),
         ("context",),
         ("items", "scores"),
         ({0: batch, 1: context},),
@@ -140,7 +142,8 @@ def _graphs(checkpoint: Checkpoint) -> tuple[_Graph, _Graph]:
 
 def _example(checkpoint: Checkpoint, count: int) -> tuple[Tensor, ...]:
     """Rows to trace with; no dimension is 1, which the tracer would take for a constant."""
-    return random_rows(checkpoint.schema, checkpoint.catalog, 2, 40, 12, np.random.default_rng(0))[:count]
+    length = min(40, checkpoint.schema.max_context)
+    return random_rows(checkpoint.schema, checkpoint.catalog, 2, length, 12, np.random.default_rng(0))[:count]
 
 
 def rank_error(engine: OnnxEngine, checkpoint: Checkpoint, context: Tensor, candidates: Tensor) -> float:
@@ -198,6 +201,7 @@ def _manifest(graph: _Graph, checkpoint: Checkpoint, path: Path, error: float) -
         parity={"max_abs_error": error, "shapes": [list(shape) for shape in SHAPES]},
         details={
             "retrieve_count": checkpoint.model.retrieve_count,
+            "operations": list(operations(checkpoint.model)),
             "nodes": len(model.graph.node),
             "template": template_hash(graph.name),
         },

@@ -1,7 +1,7 @@
 """Checkpoints: a directory of safetensors and JSON with everything that is needed to serve a model.
 
 model.safetensors     parameters and the items' side features
-config.json           model config, and what training recorded (recipe, metrics)
+config.json           model config, and what training or conversion recorded (recipe, metrics; format, source)
 schema.json           meaning and sizes of the columns
 catalog.safetensors   item vocabulary and statistics
 """
@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mtgr.compat.base import ForeignConfig, ForeignModel, Operation
+from mtgr.compat.networks import build_foreign_model, foreign_config
 from mtgr.config import ModelConfig
 from mtgr.errors import ConfigurationError
 from mtgr.features.catalog import CATALOG_FILE, ItemCatalog
@@ -34,20 +36,25 @@ class Checkpoint:
     """A model with what belongs to it.
 
     Attributes:
-        model: The network, in eval mode.
+        model: The network, in eval mode: MTGR, or one converted from a public format.
         config: Its hyper-parameters.
         schema: Meaning of its rows.
         catalog: The items.
-        record: What training wrote down: recipe, metrics, versions.
+        record: What training wrote down: recipe, metrics, versions; of a converted one, what it was made of.
         hash: Hex SHA-256 over parameters, config and schema; empty before the checkpoint is saved.
     """
 
-    model: MTGR
-    config: ModelConfig
+    model: MTGR | ForeignModel
+    config: ModelConfig | ForeignConfig
     schema: Schema
     catalog: ItemCatalog
     record: Mapping[str, Any] = field(default_factory=dict)
     hash: str = ""
+
+
+def operations(model: MTGR | ForeignModel) -> tuple[Operation, ...]:
+    """What a network can do: MTGR both, those of public formats perhaps one thing only."""
+    return model.config.operations if isinstance(model, ForeignModel) else ("rank", "retrieve")
 
 
 def build_model(config: ModelConfig, schema: Schema, catalog: ItemCatalog) -> MTGR:
@@ -79,12 +86,18 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     values = read_json(directory / CONFIG_FILE)
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ConfigurationError(f"{directory / CONFIG_FILE} holds no model config; run `make train` again.")
-    config = ModelConfig.from_dict(values["model"])
     schema = Schema.load(directory / SCHEMA_FILE)
     catalog = ItemCatalog.load(directory / CATALOG_FILE)
     if catalog.hash != schema.items_hash:
         raise ConfigurationError(f"schema and item catalog in {directory} do not belong together; train again.")
-    model = build_model(config, schema, catalog)
+    config: ModelConfig | ForeignConfig
+    model: MTGR | ForeignModel
+    if "network" in values["model"]:
+        config = foreign_config(values["model"])
+        model = build_foreign_model(config)
+    else:
+        config = ModelConfig.from_dict(values["model"])
+        model = build_model(config, schema, catalog)
     try:
         model.load_state_dict(load_file(directory / MODEL_FILE))
     except (SafetensorError, RuntimeError) as error:

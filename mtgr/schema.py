@@ -28,6 +28,8 @@ TYPE_COLUMN = 0
 SLOT_COLUMN = 1
 FIRST_COLUMN = 2
 
+OPERATIONS = ("rank", "retrieve")
+
 ABSENT = 0
 UNKNOWN = 1
 FIRST_ID = 2
@@ -136,6 +138,7 @@ class Schema:
         candidate_columns: Columns of candidate rows, from column 2.
         max_history: Longest segment S in events; a multiple of ``realtime_step``.
         realtime_step: R_max: S ends at a multiple of it, R holds what remains.
+        operations: What the network can do; some of public formats have no output for the next item.
     """
 
     name: str
@@ -152,6 +155,7 @@ class Schema:
     candidate_columns: tuple[str, ...] = ("item", TIME, "gap", "category_rate", "recency", "popularity")
     max_history: int = 1900
     realtime_step: int = 100
+    operations: tuple[str, ...] = OPERATIONS
 
     def __post_init__(self) -> None:
         """Check that columns are known and fit the width.
@@ -175,6 +179,8 @@ class Schema:
             raise ConfigurationError("schema: max_history must be a multiple of realtime_step.")
         if self.num_items < FIRST_ID or self.num_actions < 1 or not self.tasks or not self.profile:
             raise ConfigurationError("schema: items, actions, tasks and profile fields must not be empty.")
+        if self.operations not in (OPERATIONS, OPERATIONS[:1]):
+            raise ConfigurationError("schema: operations must be rank, or rank and retrieve.")
 
     @property
     def max_context(self) -> int:
@@ -227,7 +233,10 @@ class Schema:
 
     def to_dict(self) -> dict[str, Any]:
         """The schema as JSON-ready values."""
-        return dataclasses.asdict(self) | {"row_format": ROW_FORMAT}
+        values = dataclasses.asdict(self) | {"row_format": ROW_FORMAT}
+        if self.operations == OPERATIONS:  # as before there was a choice, so that hashes stay
+            del values["operations"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schema:
@@ -250,6 +259,7 @@ class Schema:
             fields["tasks"] = tuple(TaskSpec(**task) for task in fields["tasks"])
             for name in ("categories", "event_columns", "candidate_columns"):
                 fields[name] = tuple(fields[name])
+            fields["operations"] = tuple(fields.get("operations", OPERATIONS))
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ConfigurationError(f"the schema is incomplete or has unknown keys: {error}.") from error

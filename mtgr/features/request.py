@@ -96,7 +96,7 @@ def parse_request(tensors: Tensors, schema: Schema, now: int) -> Request:
     return Request(
         user_id=_user_id(tensors),
         history=_history(tensors, request_time),
-        candidates=_candidates(tensors),
+        candidates=_candidates(tensors, schema),
         request_time=request_time,
         profile=_profile(tensors, schema),
         strategy=_strategy(tensors),
@@ -175,9 +175,13 @@ def _history(tensors: Tensors, request_time: int) -> History | None:
     return History(items[order].astype(np.int64), actions[order].astype(np.int32), times[order].astype(np.int64))
 
 
-def _candidates(tensors: Tensors) -> Int64Array | None:
+def _candidates(tensors: Tensors, schema: Schema) -> Int64Array | None:
     tensor = tensors.get("candidates")
     if tensor is None:
+        if "retrieve" not in schema.operations:
+            raise InvalidRequestError(
+                "candidates is missing; the installed model ranks items and cannot retrieve any, so send candidates."
+            )
         return None
     candidates = tensor.reshape(-1).astype(np.int64)
     if not len(candidates):

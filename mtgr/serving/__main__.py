@@ -6,15 +6,21 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 from mtgr.errors import MTGRError
 from mtgr.routing.policy import PROFILE_VARIABLE, PROFILES
+from mtgr.routing.strategies import STRATEGIES
+from mtgr.serving.health import HealthServer
 from mtgr.serving.launcher import install_launcher
 from mtgr.serving.management import HTTP_HEADER, OPEN_PROFILE, RestrictedServer, admin_key, serving_policy
+from mtgr.serving.ports import resolve_host
 from mtgr.serving.report import format_reports, strategy_reports
 from mtgr.serving.server import TritonServer
+
+_STANDARD_OUTPUT = Path("-")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +55,8 @@ def _serve(options: argparse.Namespace) -> None:
         "metrics_port": options.metrics_port,
         "extra_args": options.extra_args,
         "environment": {PROFILE_VARIABLE: options.profile} if options.profile else {},
-        "log": options.log,
+        "log": None if options.log == _STANDARD_OUTPUT else options.log,
+        "output": sys.stdout.buffer if options.log == _STANDARD_OUTPUT else None,
         "startup_timeout": options.startup_timeout,
         "tritonserver": options.tritonserver,
     }
@@ -61,7 +68,15 @@ def _serve(options: argparse.Namespace) -> None:
         key = admin_key()
         management = f"restricted, header {HTTP_HEADER}" + (f": {key}" if options.show_admin_key else "")
         server = RestrictedServer(options.model_repository, key=key, **settings)
-    with server:
+    with ExitStack() as stack:
+        health = None
+        if options.health_port is not None:
+            health = HealthServer(resolve_host(options.host), options.health_port, strategy=options.health_strategy)
+            stack.enter_context(health)
+        stack.enter_context(server)
+        if health is not None:
+            health.watch(server.http_url)
+            stack.callback(health.health.leave)  # before the server stops
         print(f"gRPC     {server.grpc_url}")
         print(f"HTTP     {server.http_url}")
         print(f"metrics  {server.metrics_url}")
@@ -84,7 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grpc-port", type=_port, default=8001)
     parser.add_argument("--metrics-port", type=_port, default=8002)
     parser.add_argument("--tritonserver", type=Path, help="the executable (default: MTGR_TRITONSERVER, or found)")
-    parser.add_argument("--log", type=Path, help="file for the server's output (default: a temporary one)")
+    parser.add_argument(
+        "--log", type=Path, help="file for the server's output, - for standard output (default: a temporary file)"
+    )
+    parser.add_argument(
+        "--health-port",
+        type=_port,
+        help="where /startup, /live and /ready answer an orchestrator (default: nowhere)",
+    )
+    parser.add_argument(
+        "--health-strategy", choices=STRATEGIES, help="the engine that must answer for these to say yes (default: any)"
+    )
     parser.add_argument(
         "--profile", choices=PROFILES, help="of the policy (default: MTGR_POLICY, MTGR_PROFILE, or prod)"
     )

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from mtgr.errors import ConfigurationError, UnavailableError
 from mtgr.routing.drain import DRAIN_VARIABLE, drain
 from mtgr.serving.command import server_command
 from mtgr.serving.find import find_installation
-from mtgr.serving.log import excerpt, loaded_count, poll_failure, read_log
+from mtgr.serving.log import PassedOnLog, excerpt, loaded_count, poll_failure, read_log
 from mtgr.serving.ports import free_ports, is_free, resolve_host
 from mtgr.serving.process import ServerProcess
 from mtgr.serving.progress import StartProgress
@@ -82,6 +83,7 @@ class TritonServer:
         extra_args: More arguments for tritonserver.
         environment: Variables to set for the server and its models, on top of the process's own.
         log: File for the server's output; by default a temporary one, deleted by :meth:`stop`.
+        output: Where the server's output goes besides; the file then keeps the latest MiB of it.
         startup_timeout: Seconds until every model must have loaded or failed.
         stop_timeout: Seconds for requests in flight and for unloading, before everything is killed.
         tritonserver: Path of the executable; found by default.
@@ -105,6 +107,7 @@ class TritonServer:
         extra_args: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
+        output: IO[bytes] | None = None,
         startup_timeout: float = 300.0,
         stop_timeout: float = 35.0,
         tritonserver: Path | None = None,
@@ -120,6 +123,8 @@ class TritonServer:
         self._extra_args = tuple(extra_args)
         self._environment = dict(environment or {})
         self._log = log
+        self._output = output
+        self._passed_on: PassedOnLog | None = None
         self._startup_timeout = startup_timeout
         self._stop_timeout = stop_timeout
         self._tritonserver = tritonserver
@@ -178,7 +183,9 @@ class TritonServer:
         self.log_path = self._open_log()
         atexit.register(self.stop)
         try:
-            with self.log_path.open("wb") as log:
+            if self._output is not None:
+                self._passed_on = PassedOnLog(self.log_path, self._output)
+            with self._passed_on or self.log_path.open("wb") as log:
                 environment |= {DRAIN_VARIABLE: str(self._drain_file())}
                 self._process = ServerProcess(command, environment | self._environment, log)
             self._await_start()
@@ -203,6 +210,9 @@ class TritonServer:
                         drain(self._drain_file(), self._stop_timeout)
                 finally:
                     process.stop(max(0.0, deadline - time.monotonic()))
+            if self._passed_on is not None:
+                self._passed_on.join()
+                self._passed_on = None
         finally:
             self._ready = False
             if self._state is not None:
