@@ -107,21 +107,31 @@ class Soak:
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
-    async def run(self, seconds: float, callers: int, interval: float) -> list[Usage]:
-        """Send for so long; a sample of the server's processes every ``interval`` seconds."""
+    async def run(self, seconds: float, callers: int, interval: float, warm_up: int = 0) -> list[Usage]:
+        """Send, and sample the server's processes.
+
+        Args:
+            seconds: How long, after the warm-up.
+            callers: How many send at a time.
+            interval: Seconds between two samples.
+            warm_up: Requests before the first sample. Pools fill and allocators settle with requests, not with time: a
+                short run on a busy machine would take the end of that for growth.
+        """
         ended = asyncio.Event()
         url = self.server.grpc_url
         async with (
             AsyncMTGRClient(url, timeout=TIME_LIMIT, retries=0) as grpc,
             AsyncMTGRClient(self.server.http_url, protocol="http", timeout=TIME_LIMIT, retries=0) as http,
             tritonclient.grpc.aio.InferenceServerClient(url) as raw,
-            ServerProcesses(self.server.pid, pss=True).watched(interval) as usages,
         ):
             tasks = [asyncio.create_task(self._call(index, (grpc, http), raw, ended)) for index in range(callers)]
             try:
-                for _ in tqdm(range(round(seconds / interval)), desc="soak", leave=False, disable=None):
-                    await asyncio.sleep(interval)
-                    await asyncio.to_thread(self._scrape)
+                while self.counts.total() < warm_up:
+                    await asyncio.sleep(0.1)
+                async with ServerProcesses(self.server.pid, pss=True).watched(interval) as usages:
+                    for _ in tqdm(range(round(seconds / interval)), desc="soak", leave=False, disable=None):
+                        await asyncio.sleep(interval)
+                        await asyncio.to_thread(self._scrape)
             finally:
                 ended.set()
                 await asyncio.gather(*tasks)

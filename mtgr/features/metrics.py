@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from mtgr.features.cache import CacheStatistics
 from mtgr.metrics import MetricRegistry, MetricSpec, stage_seconds
+from mtgr.routing.reasons import Reason, unanswered
 
+UNREAD = ""  # label of what a request asks for, where nobody has looked
 _LABELS = "mtgr_features_labels_total"
 _CACHE = (
     ("hits", MetricSpec("mtgr_features_cache_hits_total", "Users answered out of the feature cache")),
@@ -38,6 +40,10 @@ class FeatureMetrics:
     def stage(self, name: str, seconds: float) -> None:
         """Observe how long a request spent in a stage, ``features`` or ``cache``."""
         self._registry.observe(stage_seconds(name), seconds)
+
+    def refused(self, reason: Reason) -> None:
+        """Count a request that was refused before anything was known of it."""
+        self._registry.increment(unanswered(UNREAD, UNREAD, reason))
 
     def changes(self, statistics: CacheStatistics) -> list[tuple[MetricSpec, float]]:
         """What to add to each counter since the last call, every gauge's value, and each observation."""

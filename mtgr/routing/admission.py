@@ -11,14 +11,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from mtgr.errors import ConfigurationError, RequestTimeoutError
+from mtgr.routing.board import PressureBoard, UsualSeconds
 from mtgr.routing.deadline import Deadline
 from mtgr.routing.latency import MovingAverage
+from mtgr.routing.pressure import Pressure
 from mtgr.routing.reasons import Reason, RefusedError, reason_of
 
 Clock = Callable[[], float]
 
 _RECOVERY_SECONDS = 30.0  # until an expectation that was wrong is forgotten
 _LEAST_TRUST = 0.3
+_DEVIATIONS = 1.0  # standard deviations above the mean that service is expected to take
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class AdmissionConfig:
     initial_limit: int = 8
     min_limit: int = 4
     service_share: float = 0.5
-    safety: float = 0.7
+    safety: float = 0.5
     max_wait: float = 1.0
     half_life: float = 0.5
 
@@ -77,6 +80,7 @@ class Admission:
         name: What is admitted to, for messages.
         config: Settings.
         clock: Gives seconds.
+        board: Where others read how hard it is pressed.
 
     Attributes:
         running: Requests that run.
@@ -85,7 +89,13 @@ class Admission:
         draining: Whether new requests are refused, while those that are here end.
     """
 
-    def __init__(self, name: str, config: AdmissionConfig | None = None, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: AdmissionConfig | None = None,
+        clock: Clock = time.monotonic,
+        board: PressureBoard | None = None,
+    ) -> None:
         self.name = name
         self.config = config or AdmissionConfig()
         self.running = 0
@@ -93,13 +103,15 @@ class Admission:
         self.refused: Counter[Reason] = Counter()
         self.draining = False
         self._clock = clock
+        self._board = board
         self._queue: OrderedDict[asyncio.Future[None], Deadline] = OrderedDict()
         self._queued_since = math.inf
         self._limit = float(min(self.config.initial_limit, self.config.max_concurrent))
         self._decreased = -math.inf
-        self._usual_seconds = math.inf
+        self._usual = UsualSeconds()
         self._service = MovingAverage(self.config.half_life, clock)
         self._company = MovingAverage(self.config.half_life, clock)
+        self._squares = MovingAverage(self.config.half_life, clock)
         self._trust = _Trust(clock)
         self._area, self._area_until = 0.0, clock()  # running requests, integrated over time
 
@@ -122,6 +134,7 @@ class Admission:
     def drain(self) -> None:
         """Refuse whatever comes from now on; what is here ends, and then ``idle`` holds."""
         self.draining = True
+        self._publish()
 
     @asynccontextmanager
     async def admit(self, deadline: Deadline) -> AsyncIterator[float]:
@@ -144,6 +157,7 @@ class Admission:
             await self._wait(deadline)
         else:
             self._start()
+            self._publish()
         started, area = self._clock(), self._area
         error: BaseException | None = None
         try:
@@ -161,15 +175,23 @@ class Admission:
                 if queued and late:
                     self._trust.lower()
             self._fill()
+            self._publish()
 
-    def expected_seconds(self) -> float:
-        """How long a request that came now would wait and be served; 0 while nothing is known."""
-        ahead = (self.running + len(self._queue) + 1) * self._interval()
-        return max(ahead, self.expected_wait() + (self._service.mean or 0.0))
-
-    def expected_wait(self) -> float:
-        """How long a request that came now would wait; 0 while nothing is known."""
-        return len(self._queue) * self._interval()
+    def pressure(self) -> Pressure:
+        """What decides about a request that comes now."""
+        config = self.config
+        return Pressure(
+            running=self.running,
+            limit=self.limit,
+            waiting=len(self._queue),
+            max_queue=config.max_queue,
+            interval=self._interval(),
+            service=self._service_seconds(),
+            share=config.safety * self._trust.value if config.shedding else math.inf,
+            max_wait=config.max_wait if config.shedding else math.inf,
+            waiting_since=self._queued_since,
+            draining=self.draining,
+        )
 
     def _interval(self) -> float:
         """Seconds from one request that leaves to the next."""
@@ -177,44 +199,33 @@ class Admission:
         # What more company costs is not known before it is there: halfway between nothing and as much as others cost.
         return service / math.sqrt(company * max(company, self.limit))
 
+    def _service_seconds(self) -> float:
+        """Seconds that nearly every request stays within."""
+        mean, squares = self._service.mean, self._squares.mean
+        if mean is None or squares is None:
+            return 0.0
+        return mean + _DEVIATIONS * math.sqrt(max(squares - mean * mean, 0.0))
+
     def _refuse_the_hopeless(self, deadline: Deadline) -> None:
-        if self.draining:
-            raise self._refusal(f"{self.name}: the server is about to stop; ask another one.", Reason.DRAINING)
         remaining = deadline.remaining()
-        if remaining <= 0:
+        if remaining <= 0 and not self.draining:
             self.refused[Reason.DEADLINE] += 1
             deadline.check(f"admission to {self.name}")
-        # A running median: a step of 2% up or down.
-        if math.isinf(self._usual_seconds):
-            self._usual_seconds = remaining
-        else:
-            self._usual_seconds *= 1.02 if remaining > self._usual_seconds else 1 / 1.02
-        if self.running < self.limit:
+        self._usual.add(remaining)
+        if self.running < self.limit and not self.draining:
             return
-        if len(self._queue) >= self.config.max_queue:
-            raise self._refusal(
-                f"{self.name}: {len(self._queue)} requests wait, as many as may; try again later.", Reason.OVERLOADED
-            )
-        if not self.config.shedding:
-            return
-        expected, most = self.expected_seconds(), remaining * self.config.safety * self._trust.value
-        stands = self._clock() - self._queued_since > self.config.max_wait
-        if expected > most or (stands and self.expected_wait() > self.config.max_wait):
-            raise self._refusal(
-                f"{self.name}: an answer would take about {expected:.2g} s behind {len(self._queue)} others, and the "
-                f"request allows {remaining:.2g} s; try again later.",
-                Reason.OVERLOADED,
-            )
-
-    def _refusal(self, message: str, reason: Reason) -> RefusedError:
-        self.refused[reason] += 1
-        return RefusedError(message, reason)
+        refusal = self.pressure().refusal(self.name, remaining, self._clock())
+        if refusal is not None:
+            self._publish()
+            self.refused[refusal.reason] += 1
+            raise refusal
 
     async def _wait(self, deadline: Deadline) -> None:
         place = asyncio.get_running_loop().create_future()
         if not self._queue:
             self._queued_since = self._clock()
         self._queue[place] = deadline
+        self._publish()
         remaining = deadline.remaining()
         try:
             async with asyncio.timeout(remaining if math.isfinite(remaining) else None):
@@ -224,6 +235,7 @@ class Admission:
             if place.done() and not place.cancelled() and place.exception() is None:
                 self._count(-1)  # it was given a place in the same moment
                 self._fill()
+            self._publish()
             if isinstance(error, TimeoutError):
                 self.refused[Reason.DEADLINE] += 1
                 raise RequestTimeoutError(
@@ -260,11 +272,20 @@ class Admission:
     def _measure(self, started: float, area: float) -> None:
         seconds = self._clock() - started
         self._service.add(seconds)
+        self._squares.add(seconds * seconds)
         self._company.add((self._area - area) / seconds if seconds > 0 else 1.0)
+
+    def _usual_seconds(self) -> float:
+        """Time that requests usually have left; those that were refused before they came here count too."""
+        return (self._board.usual_seconds if self._board else None) or self._usual.value
+
+    def _publish(self) -> None:
+        if self._board is not None:
+            self._board.publish(self.pressure())
 
     def _adapt(self, started: float, late: bool, full: bool) -> None:
         now = self._clock()
-        if late or now - started > self.config.service_share * self._usual_seconds:
+        if late or now - started > self.config.service_share * self._usual_seconds():
             # Once for all that ran together: only what began under the present limit speaks against it.
             if started >= self._decreased:
                 self._limit = max(self._limit * 0.75, min(self.config.min_limit, self.config.max_concurrent))

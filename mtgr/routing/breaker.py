@@ -154,6 +154,14 @@ class CircuitBreaker:
             return f"{self.name} is not called any more after {self.cause}; restart the server"
         return f"{self.name} is left alone for {max(0.0, self._until - self._clock()):.1f} s after {self.cause}"
 
+    def configure(self, config: BreakerConfig) -> None:
+        """Take other settings; the state stays, above all that of an engine that is lost, and counting begins anew."""
+        self.config = config
+        self._window = _Window(config.window_seconds, self._clock)
+        self._in_a_row = 0
+        if math.isfinite(self._until):
+            self._until = min(self._until, self._clock() + config.max_open_seconds)
+
     def allow(self) -> Permit | None:
         """A permit for one call, to be given its outcome, or None if the engine is to be left alone."""
         if self.refusal is not None:

@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from mtgr.routing.batching import Arrays, Inference
 from mtgr.routing.breaker import CircuitBreaker
-from mtgr.routing.latency import LatencyTracker
+from mtgr.routing.latency import LatencyTracker, MovingAverage
 from mtgr.routing.reasons import EngineLostError, Reason, RefusedError
 
 Clock = Callable[[], float]
 
-# A call hangs if it takes so many times what nearly all calls of late took, but never before so many seconds.
+# A call hangs if it takes so many times what nearly all calls of late took for as much, but never before so many
+# seconds.
 _PATIENCE = 20.0
 _PATIENCE_SECONDS = 1.5
 _KNOWN = 20  # calls, old ones counted in part, from which on that is known
@@ -30,7 +31,8 @@ class GuardedInference:
     no breaker may hold against the engine.
 
     An engine that hangs would hold up whoever waits for it until the limit, so the limit follows what its batches took
-    of late; a call that exceeds it, or whose engine is lost, opens the breaker at once.
+    of late, and grows with what is more in this one; a call that exceeds it, or whose engine is lost, opens the breaker
+    at once.
 
     Args:
         engines: What runs a batch.
@@ -51,6 +53,7 @@ class GuardedInference:
         self._timeout = timeout
         self._clock = clock
         self._latencies = LatencyTracker(_HALF_LIFE, clock=clock)
+        self._sizes: dict[str, MovingAverage] = {}
 
     async def infer(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Arrays:
         """Run one batch.
@@ -63,7 +66,8 @@ class GuardedInference:
         if permit is None:
             raise RefusedError(breaker.refusal or f"{model} is left alone", Reason.BREAKER_OPEN)
         started = self._clock()
-        limit = self._limit(model)
+        size = sum(array.size for array in inputs.values())
+        limit = self._limit(model, size)
         try:
             async with asyncio.timeout(limit):
                 answer = await self._engines.infer(model, inputs, outputs)
@@ -83,11 +87,13 @@ class GuardedInference:
         seconds = self._clock() - started
         permit.record(True, seconds)
         self._latencies.record(model, seconds)
+        self._sizes.setdefault(model, MovingAverage(_HALF_LIFE, self._clock)).add(size)
         return answer
 
-    def _limit(self, model: str) -> float:
-        """Seconds for a call of this model."""
+    def _limit(self, model: str, size: int) -> float:
+        """Seconds for a call of this model with so many numbers."""
         usual = self._latencies.percentile(model, 99)
         if usual is None or self._latencies.weight(model) < _KNOWN:
             return self._timeout
-        return min(self._timeout, max(_PATIENCE_SECONDS, _PATIENCE * usual))
+        usual_size = self._sizes[model].mean or 1.0
+        return min(self._timeout, max(_PATIENCE_SECONDS, _PATIENCE * usual * max(1.0, size / usual_size)))

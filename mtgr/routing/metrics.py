@@ -11,7 +11,7 @@ from mtgr.routing.breaker import CircuitBreaker, State
 from mtgr.routing.observer import Observer
 from mtgr.routing.policy import Policy
 from mtgr.routing.ranker import Arrays, Ranking
-from mtgr.routing.reasons import Reason
+from mtgr.routing.reasons import Reason, unanswered
 from mtgr.routing.router import FALLBACK
 from mtgr.routing.shadow import Drift
 from mtgr.schema import TYPE_COLUMN, UNKNOWN, TokenType
@@ -75,8 +75,7 @@ class RouterMetrics(Observer):
 
     def refused(self, features: Features, reason: Reason, error: BaseException) -> None:
         """Count an error by reason, by the strategy that was asked for, and by arm."""
-        labels = (("asked", features.strategy), ("arm", features.arm), ("reason", reason.value))
-        self.registry.increment(MetricSpec("mtgr_errors_total", "Requests without an answer", labels=labels))
+        self.registry.increment(unanswered(features.strategy, features.arm, reason))
 
     def engine_failed(self, strategy: str, reason: Reason) -> None:
         """Count a failed call."""

@@ -6,6 +6,7 @@ import asyncio
 from enum import StrEnum
 
 from mtgr.errors import InvalidRequestError, RequestTimeoutError, UnavailableError
+from mtgr.metrics import MetricSpec
 
 
 class Reason(StrEnum):
@@ -37,6 +38,18 @@ class RefusedError(UnavailableError):
 
 class EngineLostError(UnavailableError):
     """The engine's process is gone, and no later call will find it."""
+
+
+def unanswered(asked: str, arm: str, reason: Reason) -> MetricSpec:
+    """The counter of requests that got no answer; one family over all processes.
+
+    Args:
+        asked: The strategy that was asked for.
+        arm: Side of the experiment.
+        reason: Why.
+    """
+    labels = (("asked", asked), ("arm", arm), ("reason", reason.value))
+    return MetricSpec("mtgr_errors_total", "Requests without an answer", labels=labels)
 
 
 def reason_of(error: BaseException) -> Reason:

@@ -15,6 +15,7 @@ from mtgr.features.catalog import ItemCatalog
 from mtgr.features.extract import Features
 from mtgr.routing.admission import Admission
 from mtgr.routing.batching import Inference, ShapeBatcher
+from mtgr.routing.board import PressureBoard
 from mtgr.routing.breaker import CircuitBreaker
 from mtgr.routing.choice import AutoChoice, Choice, Size
 from mtgr.routing.deadline import Deadline
@@ -22,6 +23,7 @@ from mtgr.routing.experiment import Shadow
 from mtgr.routing.guard import GuardedInference
 from mtgr.routing.observer import Observer
 from mtgr.routing.policy import Policy, load_profile
+from mtgr.routing.pressure import ROUTER
 from mtgr.routing.ranker import Arrays, Ranker, Ranking
 from mtgr.routing.reasons import Reason, RefusedError, reason_of
 from mtgr.routing.shadow import drift
@@ -52,6 +54,7 @@ class Router:
         policy: Settings; the profile ``prod`` by default.
         observer: Told of what happens, for metrics and logs.
         clock: Gives seconds.
+        board: Where the models in front read how hard it is pressed.
 
     Raises:
         ConfigurationError: If a task weight names no task of the schema.
@@ -65,13 +68,14 @@ class Router:
         policy: Policy | None = None,
         observer: Observer | None = None,
         clock: Clock = time.monotonic,
+        board: PressureBoard | None = None,
     ) -> None:
         self.schema = schema
         self.catalog = catalog
         self.engines = engines
         self.observer = observer or Observer()
         self.policy = policy or load_profile("prod")
-        self.admission = Admission("the router", self.policy.admission, clock)
+        self.admission = Admission(ROUTER, self.policy.admission, clock, board)
         self._clock = clock
         self._breakers: dict[str, CircuitBreaker] = {}
         self._shadows: set[asyncio.Task[None]] = set()
@@ -91,7 +95,8 @@ class Router:
         self.admission.config = policy.admission
         # What was learned is kept where its settings did not change.
         if policy.breaker != before.breaker:
-            self._breakers.clear()
+            for breaker in self._breakers.values():
+                breaker.configure(policy.breaker)
         if policy.auto != before.auto:
             self._choice = AutoChoice(policy.auto, self._clock)
         if (policy.routing, policy.admission) != (before.routing, before.admission):

@@ -83,7 +83,8 @@ def _serve(options: argparse.Namespace) -> None:
         print(f"log      {server.log_path}")
         print(f"profile  {policy.profile}, management {management}")
         print()
-        print(format_reports(strategy_reports(server.model_repository, server.models())), flush=True)
+        reports = strategy_reports(server.model_repository, server.models())
+        print(format_reports(reports, policy.auto.order), flush=True)
         if policy.timed_run_seconds is not None:
             print(
                 f"\nRuns of this profile are timed: the server stops after {policy.timed_run_seconds:g} s.", flush=True

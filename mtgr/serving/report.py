@@ -11,7 +11,8 @@ from mtgr.bundle import load_bundle
 from mtgr.errors import ConfigurationError
 from mtgr.files import read_json
 from mtgr.routing.readiness import artifact_problem
-from mtgr.routing.strategies import AUTO, AUTO_ORDER, STRATEGIES, Strategy
+from mtgr.routing.strategies import AUTO, STRATEGIES, Strategy
+from mtgr.serving.management import serving_policy
 from mtgr.serving.server import ModelStatus, summary
 
 _COLUMNS = ("strategy", "models", "precision", "checkpoint", "max error", "status")
@@ -55,8 +56,17 @@ def strategy_reports(model_repository: Path, models: Sequence[ModelStatus]) -> l
     return [_report(strategy, model_repository, models, schema_hash) for strategy in STRATEGIES.values()]
 
 
-def format_reports(reports: Sequence[StrategyReport]) -> str:
-    """The reports as aligned text, with a last line on what ``auto`` would use."""
+def format_reports(reports: Sequence[StrategyReport], order: Sequence[str] | None = None) -> str:
+    """The reports as aligned text, with a last line on what ``auto`` would use.
+
+    Args:
+        reports: The reports.
+        order: The policy's order of strategies; by default that of the policy which this environment names.
+
+    Raises:
+        ConfigurationError: If no order is given and that policy is wrong.
+    """
+    order = serving_policy(None).auto.order if order is None else order
     rows = [_COLUMNS] + [
         (r.name, r.models or "-", r.precision or "-", r.checkpoint or "-", r.max_error or "-", r.status)
         for r in reports
@@ -64,9 +74,9 @@ def format_reports(reports: Sequence[StrategyReport]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     ready = {report.name for report in reports if report.ready}
-    first = next((name for name in AUTO_ORDER if name in ready), None)
-    setup = STRATEGIES[AUTO_ORDER[-1]].setup
-    lines.append(f"{AUTO}: {first} serves first" if first else f"{AUTO}: no engine is ready; run `{setup}`")
+    first = next((name for name in order if name in ready), None)
+    remedy = STRATEGIES[order[-1]].remedy
+    lines.append(f"{AUTO}: {first} serves first" if first else f"{AUTO}: no engine is ready; {remedy}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +41,22 @@ def test_four_times_the_sustainable_rate(model_repository: Path) -> None:
     requests = ranking_requests(model_repository, 512, CANDIDATES, seed=5)
     with TritonServer(model_repository, environment={"MTGR_POLICY": POLICY} if POLICY else {}) as server:
         found = asyncio.run(measure(server, requests, PLAN))
+        if not POLICY:
+            check_who_refused(server.metrics_url, found)
     check(found)
+
+
+def check_who_refused(metrics_url: str, found: Measurement) -> None:
+    """Nearly all are refused before anything is spent on them, and every refusal is counted once."""
+    time.sleep(2.5)  # models report once a second
+    with urllib.request.urlopen(metrics_url) as response:
+        page = response.read().decode()
+    series = re.compile(r'^mtgr_errors_total{arm="[^"]*",asked="([^"]*)",reason="overloaded"} (\S+)$', re.MULTILINE)
+    counts = {asked: float(count) for asked, count in series.findall(page)}
+    runs = (*found.peaks.values(), *found.tries.values(), found.load)
+    refused = sum(samples.count(Outcome.REFUSED) for samples in runs)
+    assert sum(counts.values()) >= refused, counts  # the warm-up is counted there only
+    assert counts[""] >= 0.7 * sum(counts.values()), counts
 
 
 def check(found: Measurement) -> None:

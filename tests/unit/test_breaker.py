@@ -213,6 +213,30 @@ def test_the_time_it_is_open_doubles_up_to_a_bound_and_starts_anew_after_a_succe
     assert open_seconds() <= 1.01
 
 
+def test_new_settings_keep_the_state_and_shorten_the_time_it_is_open() -> None:
+    clock = Clock()
+    breaker = CircuitBreaker("m", BreakerConfig(consecutive_failures=2, open_seconds=20.0, jitter=0.0), clock)
+    fail(breaker)
+    quick = BreakerConfig(consecutive_failures=2, open_seconds=1.0, max_open_seconds=5.0, jitter=0.0)
+    breaker.configure(quick)
+    fail(breaker)
+    assert breaker.state is State.CLOSED  # one failure since
+    breaker.configure(BreakerConfig(consecutive_failures=2, open_seconds=20.0, jitter=0.0))
+    fail(breaker)
+    fail(breaker)
+    assert breaker.state is State.OPEN
+    breaker.configure(quick)
+    assert breaker.refusal is not None
+    clock.now += 5.0
+    assert breaker.state is State.HALF_OPEN
+    permit = breaker.allow()
+    assert permit is not None
+    permit.trip("its process is gone", for_ever=True)
+    breaker.configure(quick)
+    clock.now += 1e9
+    assert breaker.state is State.OPEN
+
+
 def test_jitter_differs_between_servers() -> None:
     def reopens(seed: int) -> float:
         clock = Clock()
@@ -283,9 +307,9 @@ class Engine:
         return {"y": inputs["x"]}
 
 
-async def ask(engines: GuardedInference | ShapeBatcher) -> str:
+async def ask(engines: GuardedInference | ShapeBatcher, rows: int = 1) -> str:
     try:
-        await engines.infer("m", {"x": np.zeros((1, 2))}, ["y"])
+        await engines.infer("m", {"x": np.zeros((1, 2 * rows))}, ["y"])
     except RefusedError as error:
         return error.reason
     except UnavailableError as error:
@@ -350,6 +374,23 @@ def test_a_hang_is_known_from_what_calls_took_of_late() -> None:
         before = clock()
         assert await ask(engines) == Reason.TIMED_OUT
         assert 4.0 <= clock() - before <= 5.5
+
+    run_virtual(check())
+
+
+def test_a_call_with_much_more_in_it_than_usual_has_more_time() -> None:
+    async def check() -> None:
+        clock = asyncio.get_running_loop().time
+        engine, breaker, engines = guarded(timeout=60.0)
+        engine.seconds = 0.05
+        for _ in range(200):
+            assert await ask(engines) == "ok"
+        engine.seconds = 9.0
+        assert await ask(engines, rows=100) == "ok"
+        assert breaker.state is State.CLOSED
+        before = clock()
+        assert await ask(engines, rows=1) == Reason.TIMED_OUT
+        assert clock() - before <= 3.0
 
     run_virtual(check())
 

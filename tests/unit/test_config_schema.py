@@ -192,6 +192,7 @@ CHANGES: dict[str, Any] = {
     "candidate_columns": ("item", "time", "gap"),
     "max_history": 300,
     "realtime_step": 50,
+    "operations": ("rank",),
 }
 
 

@@ -15,15 +15,18 @@ import pytest
 from mtgr.errors import ConfigurationError, RequestTimeoutError, UnavailableError
 from mtgr.features.candidates import build_candidate_state
 from mtgr.features.extract import Features
+from mtgr.metrics import MetricRegistry
 from mtgr.routing.admission import AdmissionConfig
 from mtgr.routing.breaker import BreakerConfig
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket, pad
 from mtgr.routing.choice import AutoConfig
 from mtgr.routing.config import RoutingConfig
 from mtgr.routing.experiment import Arm, Experiment, Shadow
+from mtgr.routing.metrics import RouterMetrics
 from mtgr.routing.observer import Observer
 from mtgr.routing.policy import Policy
 from mtgr.routing.ranker import Ranking
+from mtgr.routing.reasons import EngineLostError
 from mtgr.routing.router import FALLBACK, Router
 from mtgr.routing.shadow import Drift
 from mtgr.routing.strategies import AUTO_ORDER, STRATEGIES
@@ -537,6 +540,36 @@ def test_a_request_is_given_up_when_its_time_is_over() -> None:
             await router.route(soon)
         assert router.admission.idle
         assert router.breaker("mtgr_onnx_rank").state == "closed"  # that it was late is not held against it
+
+    asyncio.run(scenario())
+
+
+def test_a_new_policy_does_not_call_an_engine_that_is_lost() -> None:
+    """Triton may die of calling it; and the metrics page goes on saying that its breaker is open."""
+
+    class Losing(FakeEngines):
+        async def infer(self, model: str, inputs: Any, outputs: Any) -> Any:
+            if model == "mtgr_onnx_rank":
+                self.calls.append((model, inputs))
+                raise EngineLostError(f"{model} failed: its stub is not healthy")
+            return await super().infer(model, inputs, outputs)
+
+    async def scenario() -> None:
+        engines, registry = Losing(unready_except("onnx", "baseline")), MetricRegistry()
+        router = Router(SCHEMA, CATALOG, engines, policy(), RouterMetrics(registry, SCHEMA.item_column))
+        asked = features([10, 13, 16], strategy="auto")
+        assert FALLBACK in (await router.route(asked)).labels
+        breaker = BreakerConfig(consecutive_failures=2, open_seconds=0.001, max_open_seconds=0.002)
+        router.update(dataclasses.replace(policy(), breaker=breaker))
+        await asyncio.sleep(0.01)
+        lost = router.breaker("mtgr_onnx_rank")
+        assert (lost.state, lost.config) == ("open", breaker)
+        assert router.breaker("mtgr_baseline").config == breaker
+        before = len(engines.calls)
+        assert FALLBACK not in (await router.route(asked)).labels
+        assert [model for model, _ in engines.calls[before:]] == ["mtgr_baseline"]
+        states = {spec.labels: value for spec, value in registry.changes() if spec.name == "mtgr_breaker_state"}
+        assert states == {(("model", "mtgr_onnx_rank"),): 2.0}
 
     asyncio.run(scenario())
 

@@ -16,6 +16,7 @@ from mtgr.errors import ConfigurationError, RequestTimeoutError, UnavailableErro
 from mtgr.features.extract import Features
 from mtgr.logs import EventLog
 from mtgr.metrics import MetricRegistry
+from mtgr.routing.board import server_board
 from mtgr.routing.drain import DRAIN_VARIABLE, DrainWatch
 from mtgr.routing.journal import Journal
 from mtgr.routing.policy import policy_file
@@ -54,7 +55,10 @@ class TritonPythonModel:
             engines = BLSEngines(repository, bundle.schema.hash)
             self.metrics = Journal(MetricRegistry(), bundle.schema.item_column, event_log(self.policy.current))
             self.policy.check = lambda policy: Ranker(bundle.schema, bundle.catalog, policy.routing)
-            self.router = Router(bundle.schema, bundle.catalog, engines, self.policy.current, self.metrics)
+            self.board = server_board()
+            self.router = Router(
+                bundle.schema, bundle.catalog, engines, self.policy.current, self.metrics, board=self.board
+            )
             self.reporter = MetricReporter(pb_utils, self._changes)
         except ConfigurationError as error:
             self.problem = str(error)
@@ -94,6 +98,8 @@ class TritonPythonModel:
             if self.policy.problem is None:
                 self.metrics.log = event_log(self.policy.current)
                 self.loop.call_soon_threadsafe(self.router.update, self.policy.current)
+        if self.board is not None:
+            self.board.refresh()
         self.metrics.report(self.policy.current, self.router.admission, self.policy.reloads, self.policy.refusals)
         self.metrics.log.flush()
         changes = self.metrics.registry.changes()
@@ -121,6 +127,8 @@ class TritonPythonModel:
             self.drain_watch.stop()
         if self.router is not None:
             self.reporter.stop()
+            if self.board is not None:
+                self.board.close()
         asyncio.run_coroutine_threadsafe(drain(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
