@@ -7,7 +7,8 @@ Needs ``pip install mtgr[client]``; the protocol's own packages are loaded when 
 """
 
 from mtgr.client.aio import AsyncMTGRClient
+from mtgr.client.settings import TLS
 from mtgr.client.sync import MTGRClient
 from mtgr.client.types import History, Recommendation, RecommendationRequest
 
-__all__ = ["AsyncMTGRClient", "History", "MTGRClient", "Recommendation", "RecommendationRequest"]
+__all__ = ["TLS", "AsyncMTGRClient", "History", "MTGRClient", "Recommendation", "RecommendationRequest"]

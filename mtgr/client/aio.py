@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from mtgr.client.retry import Attempts, RetryPolicy
-from mtgr.client.settings import Compression, Protocol, Settings
+from mtgr.client.settings import TLS, Compression, Protocol, Settings
 from mtgr.client.transports import AsyncGrpcTransport, AsyncHttpTransport, AsyncTransport
 from mtgr.client.types import History, Integers, Recommendation, RecommendationRequest
-from mtgr.client.wire import encode
+from mtgr.client.wire import affinity, encode
 from mtgr.errors import ConfigurationError, MTGRError, UnavailableError
 
 
@@ -30,6 +30,7 @@ class AsyncMTGRClient:
         retries: Tries after the first one, made only while the server is unavailable.
         compression: ``gzip`` or ``deflate``; None sends messages as they are.
         model: Name of the door's model.
+        tls: How to encrypt; None sends plain text.
         rng: Where the jitter of the waits comes from.
 
     Raises:
@@ -45,9 +46,10 @@ class AsyncMTGRClient:
         retries: int = 2,
         compression: Compression | None = None,
         model: str = "mtgr",
+        tls: TLS | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        self._settings = Settings.checked(url, protocol, timeout, retries, compression, model)
+        self._settings = Settings.checked(url, protocol, timeout, retries, compression, model, tls)
         self._policy = RetryPolicy(retries, timeout, rng or random.Random())
         self._transport: AsyncTransport = (AsyncGrpcTransport if protocol == "grpc" else AsyncHttpTransport)(
             self._settings
@@ -127,11 +129,12 @@ class AsyncMTGRClient:
         """
         self._require_open()
         tensors = encode(request)
+        headers = affinity(request.user_id)
         started = time.perf_counter()
         attempts = Attempts(self._policy)
         while True:
             try:
-                return await self._transport.infer(tensors, attempts.remaining(), started)
+                return await self._transport.infer(tensors, headers, attempts.remaining(), started)
             except UnavailableError as error:
                 delay = attempts.backoff(error)
             await asyncio.sleep(delay)

@@ -9,6 +9,7 @@ import asyncio
 import http.client
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from mtgr.client.failures import translated
@@ -23,7 +24,7 @@ Result = TypeVar("Result")
 class Transport(Protocol):
     """A blocking connection; what goes wrong comes as MTGRError."""
 
-    def infer(self, tensors: list[Tensor], timeout: float, started: float) -> Recommendation:
+    def infer(self, tensors: list[Tensor], headers: dict[str, str], timeout: float, started: float) -> Recommendation:
         """Send one request, ``timeout`` seconds at most; latency counts from ``started`` (perf_counter)."""
 
     def is_ready(self, timeout: float) -> bool:
@@ -36,7 +37,9 @@ class Transport(Protocol):
 class AsyncTransport(Protocol):
     """The same for asyncio."""
 
-    async def infer(self, tensors: list[Tensor], timeout: float, started: float) -> Recommendation:
+    async def infer(
+        self, tensors: list[Tensor], headers: dict[str, str], timeout: float, started: float
+    ) -> Recommendation:
         """Send one request, ``timeout`` seconds at most; latency counts from ``started`` (perf_counter)."""
 
     async def is_ready(self, timeout: float) -> bool:
@@ -54,15 +57,18 @@ class GrpcTransport:
 
         self._settings = settings
         self._infer_input = triton.InferInput
-        self._client = triton.InferenceServerClient(settings.url, channel_args=settings.grpc_channel_args)
+        self._client = triton.InferenceServerClient(
+            settings.url, channel_args=settings.grpc_channel_args, **settings.grpc_tls
+        )
 
-    def infer(self, tensors: list[Tensor], timeout: float, started: float) -> Recommendation:
+    def infer(self, tensors: list[Tensor], headers: dict[str, str], timeout: float, started: float) -> Recommendation:
         """Send one request."""
         inputs = to_inputs(tensors, self._infer_input)
         with translated(self._settings):
             result = self._client.infer(
                 self._settings.model,
                 inputs,
+                headers=headers,
                 timeout=microseconds(timeout),
                 client_timeout=timeout,
                 compression_algorithm=self._settings.compression,
@@ -92,17 +98,20 @@ class AsyncGrpcTransport:
     def _connected(self) -> Any:
         if self._client is None:
             self._client = self._triton.InferenceServerClient(
-                self._settings.url, channel_args=self._settings.grpc_channel_args
+                self._settings.url, channel_args=self._settings.grpc_channel_args, **self._settings.grpc_tls
             )
         return self._client
 
-    async def infer(self, tensors: list[Tensor], timeout: float, started: float) -> Recommendation:
+    async def infer(
+        self, tensors: list[Tensor], headers: dict[str, str], timeout: float, started: float
+    ) -> Recommendation:
         """Send one request."""
         inputs = to_inputs(tensors, self._triton.InferInput)
         with translated(self._settings):
             result = await self._connected().infer(
                 self._settings.model,
                 inputs,
+                headers=headers,
                 timeout=microseconds(timeout),
                 client_timeout=timeout,
                 compression_algorithm=self._settings.compression,
@@ -124,7 +133,7 @@ class HttpTransport:
     """Blocking HTTP. tritonclient's sockets are gevent's, bound to the thread that first used them."""
 
     def __init__(self, settings: Settings) -> None:
-        import gevent  # type: ignore[import-untyped]
+        import gevent.ssl  # type: ignore[import-untyped]
         import geventhttpclient.response
         import tritonclient.http as triton
 
@@ -135,7 +144,7 @@ class HttpTransport:
         self._client: Any = None
         self._hub: object = None
 
-    def infer(self, tensors: list[Tensor], timeout: float, started: float) -> Recommendation:
+    def infer(self, tensors: list[Tensor], headers: dict[str, str], timeout: float, started: float) -> Recommendation:
         """Send one request."""
         inputs = to_inputs(tensors, self._triton.InferInput)
         compression = self._settings.compression
@@ -144,6 +153,7 @@ class HttpTransport:
             result = client.infer(
                 self._settings.model,
                 inputs,
+                headers=headers,
                 timeout=microseconds(timeout),
                 request_compression_algorithm=compression,
                 response_compression_algorithm=compression,
@@ -188,10 +198,13 @@ class HttpTransport:
                 "an HTTP client belongs to the thread of its first call; make one per thread or use gRPC."
             )
         if self._client is None:
+            tls = self._settings.tls
             self._client = self._triton.InferenceServerClient(
                 self._settings.url,
                 connection_timeout=self._settings.timeout,
                 network_timeout=self._settings.timeout,
+                ssl=tls is not None,
+                ssl_context_factory=tls and partial(tls.context, self._gevent.ssl.create_default_context),
             )
         return self._client
 
@@ -208,7 +221,9 @@ class AsyncHttpTransport:
         self._triton = triton
         self._client: Any = None
 
-    async def infer(self, tensors: list[Tensor], timeout: float, started: float) -> Recommendation:
+    async def infer(
+        self, tensors: list[Tensor], headers: dict[str, str], timeout: float, started: float
+    ) -> Recommendation:
         """Send one request."""
         inputs = to_inputs(tensors, self._triton.InferInput)
         compression = self._settings.compression
@@ -217,6 +232,7 @@ class AsyncHttpTransport:
             result = await client.infer(
                 self._settings.model,
                 inputs,
+                headers=headers,
                 timeout=microseconds(timeout),
                 request_compression_algorithm=compression,
                 response_compression_algorithm=compression,
@@ -253,7 +269,10 @@ class AsyncHttpTransport:
     def _connected(self) -> Any:
         if self._client is None:
             # Without the session's own limit, which would cut a longer timeout short.
-            self._client = self._triton.InferenceServerClient(self._settings.url, conn_timeout=None)
+            tls = self._settings.tls
+            self._client = self._triton.InferenceServerClient(
+                self._settings.url, conn_timeout=None, ssl=tls is not None, ssl_context=tls and tls.context()
+            )
         return self._client
 
 

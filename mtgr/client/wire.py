@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from mtgr.errors import InvalidRequestError, ServerError
 
 # The output that names the strategy which served.
 STRATEGY_OUTPUT = "served_strategy"
+# By which a gateway sends a user always to the same server, whose caches know the context.
+AFFINITY_HEADER = "x-mtgr-user"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +59,12 @@ def encode(request: RecommendationRequest) -> list[Tensor]:
     if request.top_k is not None:
         tensors.append(_integer("top_k", request.top_k, np.int32))
     return tensors
+
+
+def affinity(user_id: str) -> dict[str, str]:
+    """The header that stands for a user: a hash, since headers end up in logs."""
+    digest = hashlib.blake2b(user_id.encode("utf-8"), digest_size=8)
+    return {AFFINITY_HEADER: digest.hexdigest()}
 
 
 def to_inputs(tensors: list[Tensor], infer_input: Callable[[str, list[int], str], Any]) -> list[Any]:

@@ -29,7 +29,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from mtgr.client import AsyncMTGRClient, History, MTGRClient, Recommendation, RecommendationRequest
 from mtgr.client.failures import sentence
 from mtgr.client.retry import Attempts, RetryPolicy
-from mtgr.client.wire import encode
+from mtgr.client.wire import AFFINITY_HEADER, encode
 from mtgr.data.dataset import Item
 from mtgr.errors import (
     ConfigurationError,
@@ -130,6 +130,7 @@ class GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignor
             tensor.name: Tensor(tensor.datatype, tuple(tensor.shape), unpack(tensor.datatype, raw))
             for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
         }
+        self.door.headers.append(dict(context.invocation_metadata()))
         step = self.door.play(request.model_name, inputs, context.peer())
         assert not isinstance(step, Raw)
         if isinstance(step, Refusal):
@@ -339,6 +340,19 @@ def test_every_optional_input_reaches_the_server_in_its_type(way: Way, servers: 
         "strategy": Tensor("BYTES", (1, 1), [b"tensorrt"]),
         "top_k": Tensor("INT32", (1, 1), [2]),
     }
+
+
+def test_a_user_is_known_to_the_gateway_by_one_header_that_does_not_name_them(way: Way, servers: Servers) -> None:
+    door = Door()
+    calls = [("recommend", (user,), {}) for user in ("zoë", "zoë", "adam")]
+    way.use(servers.start(way.protocol, door), *calls)
+    first, second, other = (
+        {name.lower(): value for name, value in headers.items()}[AFFINITY_HEADER] for headers in door.headers
+    )
+    assert first == second != other
+    # The same in every release: a gateway's ring must not turn when clients are updated.
+    assert first == "5233365385ab6de2"
+    assert not [value for headers in door.headers for value in headers.values() if "zo" in value]
 
 
 def test_what_is_none_is_not_sent(way: Way, servers: Servers) -> None:
