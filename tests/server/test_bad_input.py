@@ -216,13 +216,14 @@ class Door:
         if self.protocol == "grpc":
             self.client = tritonclient.grpc.InferenceServerClient(self.server.grpc_url)
         else:
-            self.client = tritonclient.http.InferenceServerClient(self.server.http_url, network_timeout=30)
+            self.client = tritonclient.http.InferenceServerClient(self.server.http_url, network_timeout=90)
 
-    def send(self, values: Request) -> Recommendation:
+    def send(self, values: Request, seconds: int = 0) -> Recommendation:
+        """What comes back within the server's own time limit, or ``seconds`` if given."""
         infer_input = (tritonclient.grpc if self.protocol == "grpc" else tritonclient.http).InferInput
         inputs = to_triton(values, infer_input)
         with translated(settings(self.server, self.protocol)):
-            return decode(self.client.infer("mtgr", inputs), 0.0)
+            return decode(self.client.infer("mtgr", inputs, timeout=seconds * 1_000_000 or None), 0.0)
 
 
 @pytest.fixture(params=["grpc", "http"])
@@ -334,11 +335,12 @@ def test_users_without_events_are_labelled(door: Door, values: Request) -> None:
 
 def test_the_largest_requests_are_served(door: Door) -> None:
     everything = np.arange(16_384)[None]
-    answer = door.send(request(candidates=everything, **long_history(16_384)))
+    # Sixteen engine calls, on a machine that may have other things to do.
+    answer = door.send(request(candidates=everything, **long_history(16_384)), seconds=60)
     assert sorted(answer.items.tolist()) == everything[0].tolist()
     assert (np.diff(answer.scores) <= 0).all()
     assert np.isfinite(answer.task_scores).all()
-    assert len(door.send(request(candidates=everything, top_k=int32(5)))) == 5
+    assert len(door.send(request(candidates=everything, top_k=int32(5)), seconds=60)) == 5
 
 
 def test_clocks_may_differ_by_less_than_a_day(door: Door) -> None:
