@@ -116,7 +116,8 @@ def stage_seconds(stage: str) -> MetricSpec:
     """The histogram of the time that requests spend in a stage; one family over all processes.
 
     Args:
-        stage: ``features``, ``cache``, ``queue``, ``engine`` or ``blend``.
+        stage: ``intake`` (the wait for extraction), ``features``, ``cache``, ``queue`` (the wait for an engine),
+            ``engine`` or ``blend``.
     """
     description = "Time that requests spend in a stage"
     return MetricSpec("mtgr_stage_seconds", description, labels=(("stage", stage),), buckets=SECONDS)

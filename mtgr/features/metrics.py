@@ -38,7 +38,7 @@ class FeatureMetrics:
             self._registry.increment(MetricSpec(_LABELS, "Answers by label", labels=(("label", label),)))
 
     def stage(self, name: str, seconds: float) -> None:
-        """Observe how long a request spent in a stage, ``features`` or ``cache``."""
+        """Observe how long a request spent in a stage, ``intake``, ``features`` or ``cache``."""
         self._registry.observe(stage_seconds(name), seconds)
 
     def refused(self, reason: Reason) -> None:

@@ -42,7 +42,9 @@ def test_metrics_that_the_autoscaler_reads_are_on_the_page(server: TritonServer)
     while True:
         page = urllib.request.urlopen(server.metrics_url, timeout=5).read().decode()
         missing = {name for name in wanted if not re.search(rf"^{name}{{", page, re.MULTILINE)}
-        missing |= {'mtgr_stage_seconds_sum{stage="queue"} '} - set(re.findall(r'^\S+="queue"\} ', page, re.MULTILINE))
+        missing |= {"intake", "features", "queue", "engine"} - set(
+            re.findall(r'^mtgr_stage_seconds_sum\{stage="(\w+)"\} ', page, re.MULTILINE)
+        )
         if not missing:
             break
         assert time.monotonic() < end, missing

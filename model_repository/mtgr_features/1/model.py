@@ -50,6 +50,7 @@ class Arrival:
     sender: object
     tensors: dict[str, npt.NDArray] = field(default_factory=dict)
     trace: str = ""
+    came: float = field(default_factory=time.perf_counter)
 
     def read(self, request):
         """Take over what is to be worked on; copies, because Triton takes the memory back when ``execute`` returns."""
@@ -132,6 +133,7 @@ class TritonPythonModel:
 
     def _answer(self, arrival):
         started = time.perf_counter()
+        self.metrics.stage("intake", started - arrival.came)
         self.gate.proceed(arrival.deadline)
         features = dataclasses.replace(
             self.extractor.extract(arrival.tensors),
