@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from mtgr.errors import ConfigurationError
 from mtgr.kernels.bias import PagedBias
+from mtgr.kernels.compilation import parallel_compilation
 from mtgr.kernels.configs import (
     SPLITS,
     TOKEN_CLASSES,
@@ -85,7 +83,7 @@ def warm_up(
             key = LaunchKey(num_heads, head_size, dtype, block_size, has_bias, bound)
             step = _step(key, max_keys, device, out_dtype, table_dtype or dtype, candidate_dtype)
             plans.append((key, step, _configs(key) if measure else [choose(key)]))
-        with _parallel_compilation():
+        with parallel_compilation():
             for _, step, configs in plans:
                 for config in configs:
                     for launch in step(config):
@@ -166,19 +164,6 @@ def _step(
         return attention_launches(*arguments, scale=scale, norm_length=num_keys, bias=bias, config=config)
 
     return launches
-
-
-@contextmanager
-def _parallel_compilation() -> Iterator[None]:
-    """Have Triton compile in threads, where this version of it can."""
-    try:
-        from triton.runtime._async_compile import AsyncCompileMode
-    except ImportError:
-        yield
-        return
-    workers = min(16, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(workers) as executor, AsyncCompileMode(executor, ignore_errors=True):
-        yield
 
 
 def _milliseconds(step: Callable[[LaunchConfig], list[Launch]], config: LaunchConfig) -> float:

@@ -19,12 +19,13 @@ triton = pytest.importorskip("triton", reason="Triton comes with vLLM, or with P
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from mtgr.kernels.bias import PagedBias  # noqa: E402
+from mtgr.kernels.compilation import parallel_compilation  # noqa: E402
 from mtgr.kernels.configs import TOKEN_CLASSES, LaunchConfig, LaunchKey, candidate_tiles  # noqa: E402
 from mtgr.kernels.launch import Launch  # noqa: E402
 from mtgr.kernels.triton_attention import attention_launches  # noqa: E402
 from mtgr.kernels.triton_norm import group_norm_launch  # noqa: E402
 from mtgr.kernels.triton_store import store_keys_values_launch, store_times_launch  # noqa: E402
-from mtgr.kernels.tuning import _parallel_compilation, _step  # noqa: E402
+from mtgr.kernels.tuning import _step  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -159,7 +160,7 @@ CASES = [
 
 def test_attention_compiles(capability: int) -> None:
     compiled: dict[str, Any] = {}
-    with _parallel_compilation():
+    with parallel_compilation():
         for dtype, head_size, has_bias in CASES:
             for block_size in (16, 64):
                 for config in few_and_many(head_size, dtype, has_bias):
@@ -228,7 +229,7 @@ def test_stores_and_norms_compile(dtype: torch.dtype) -> None:
             x = torch.empty(5, width, dtype=x_dtype)
             launches.append(group_norm_launch(x, types, gain, gain, 1e-6, None, torch.empty_like(gain)))
             launches.append(group_norm_launch(x, types, gain, gain, 1e-6, gate, torch.empty_like(gain)))
-    with _parallel_compilation():
+    with parallel_compilation():
         compiled = [launch.compile() for launch in launches]
     for launch, future in zip(launches, compiled, strict=True):
         kernel = future.result() if hasattr(future, "result") else future
