@@ -323,15 +323,16 @@ def check_gateway(objects: Objects) -> None:
     grace = template["spec"]["terminationGracePeriodSeconds"]
     assert container["lifecycle"]["preStop"]["sleep"]["seconds"] + 10 <= grace
     health = {port["name"]: port["containerPort"] for port in server(objects)[1]["ports"]}["health"]
-    upstreams = 0
+    pods: dict[str, list[str]] = {}
     for cluster in config["static_resources"]["clusters"]:
         for group in cluster["load_assignment"]["endpoints"]:
             for end in group["lb_endpoints"]:
                 address = end["endpoint"]["address"]["socket_address"]
                 if address["address"] == "127.0.0.1":
                     continue
-                upstreams += 1
-                ports = [port["port"] for port in one(objects, "Service", address["address"])["spec"]["ports"]]
+                pod, _, service = address["address"].rpartition(".")
+                pods.setdefault(cluster["name"], []).append(pod)
+                ports = [port["port"] for port in one(objects, "Service", service)["spec"]["ports"]]
                 assert address["port_value"] in ports
                 assert end["endpoint"]["health_check_config"]["port_value"] == health
                 asked = [check["http_health_check"]["path"].removeprefix("/") for check in cluster["health_checks"]]
@@ -341,7 +342,33 @@ def check_gateway(objects: Objects) -> None:
                 policy = one(objects, "NetworkPolicy", "mtgr-server")["spec"]["ingress"][0]
                 let_in = {port["port"] for port in policy["ports"]}
                 assert {address["port_value"], health} <= let_out & let_in
-    assert upstreams
+    for stateful in kinds(objects, "StatefulSet"):
+        if stateful["metadata"]["name"] == "mtgr":
+            most = one(objects, "HorizontalPodAutoscaler", "mtgr")["spec"]["maxReplicas"]
+            assert stateful["spec"]["serviceName"] == service
+            assert all(named == [f"mtgr-{number}" for number in range(most)] for named in pods.values()), pods
+            break
+    else:
+        assert set(map(tuple, pods.values())) == {("",)}
+    assert sorted(pods) == ["grpc", "http"]
+
+
+def check_certificates(objects: Objects) -> None:
+    """A gateway that speaks TLS finds its files, which its user may read, and says so to callers."""
+    template = one(objects, "Deployment", "mtgr-gateway")["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    name = next(v["configMap"]["name"] for v in template["spec"]["volumes"] if "configMap" in v)
+    (text,) = one(objects, "ConfigMap", name)["data"].values()
+    paths = [Path(path) for path in re.findall(r"filename: (\S+)", text)]
+    assert bool(paths) == (one(objects, "Service", "mtgr-gateway")["spec"]["ports"][0]["appProtocol"] == "https")
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    for path in paths:
+        assert str(path.parent) in mounts, f"nothing is mounted at {path.parent}"
+        secret = volumes[mounts[str(path.parent)]]["secret"]
+        assert path.name in ("tls.crt", "tls.key"), "a Secret of type kubernetes.io/tls has no other"
+        assert secret["defaultMode"] == 0o440
+        assert template["spec"]["securityContext"]["fsGroup"] == template["spec"]["securityContext"]["runAsGroup"]
 
 
 CHECKS: tuple[Callable[[Objects], None], ...] = (
@@ -352,6 +379,7 @@ CHECKS: tuple[Callable[[Objects], None], ...] = (
     check_rollout,
     check_scaling,
     check_gateway,
+    check_certificates,
 )
 
 
@@ -391,6 +419,14 @@ def test_the_statefulset_has_the_pods_of_the_deployment() -> None:
     assert copied["template"] == one(plain, "Deployment", "mtgr")["spec"]["template"]
     assert copied["serviceName"] == one(stateful, "Service", "mtgr-pods")["metadata"]["name"]
     assert one(stateful, "HorizontalPodAutoscaler", "mtgr")["spec"]["scaleTargetRef"]["kind"] == "StatefulSet"
+
+
+@pytest.mark.parametrize(
+    ("name", "encrypted"), [("cpu", False), ("gpu", False), ("prod", True), ("prod-stateful", True)]
+)
+def test_callers_speak_tls_in_production(name: str, encrypted: bool) -> None:
+    (port,) = one(rendered(f"overlays/{name}"), "Service", "mtgr-gateway")["spec"]["ports"]
+    assert (port["appProtocol"] == "https") is encrypted
 
 
 def test_job_and_server_name_the_same_release() -> None:
@@ -530,9 +566,32 @@ MUTANTS: Sequence[tuple[str, Callable[[Objects], None], Callable[[Objects], None
 ]
 
 
-@pytest.mark.parametrize(("check", "change"), [mutant[1:] for mutant in MUTANTS], ids=[mutant[0] for mutant in MUTANTS])
-def test_the_checks_find(check: Callable[[Objects], None], change: Callable[[Objects], None]) -> None:
-    objects = rendered("overlays/cpu")
+PRODUCTION_MUTANTS = [
+    (
+        "more pods than the gateway knows",
+        check_gateway,
+        lambda o: one(o, "HorizontalPodAutoscaler", "mtgr")["spec"].update(maxReplicas=25),
+    ),
+    (
+        "a key that Envoy may not read",
+        check_certificates,
+        _text("Deployment", "mtgr-gateway", '"fsGroup": 101', '"fsGroup": 0'),
+    ),
+    ("a key elsewhere", check_certificates, _text("Deployment", "mtgr-gateway", "/etc/envoy/tls", "/etc/tls")),
+    ("callers who are told nothing of TLS", check_certificates, _text("Service", "mtgr-gateway", "https", "http")),
+]
+
+
+@pytest.mark.parametrize(
+    ("overlay", "check", "change"),
+    [
+        pytest.param(overlay, check, change, id=name)
+        for overlay, mutants in (("cpu", MUTANTS), ("prod-stateful", PRODUCTION_MUTANTS))
+        for name, check, change in mutants
+    ],
+)
+def test_the_checks_find(overlay: str, check: Callable[[Objects], None], change: Callable[[Objects], None]) -> None:
+    objects = rendered(f"overlays/{overlay}")
     change(objects)
     with pytest.raises(AssertionError):
         check(objects)

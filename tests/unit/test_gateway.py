@@ -166,11 +166,18 @@ def test_envoy_takes_what_is_written(options: list[str], tmp_path: Path) -> None
     validate(path)
 
 
-def test_the_file_with_tls_is_the_other_one_with_tls() -> None:
+DEPLOYED = {
+    "tls": (),
+    "stateful": tuple(Replica(f"mtgr-{number}.mtgr-pods") for number in range(24)),
+}
+
+
+@pytest.mark.parametrize("folder", DEPLOYED)
+def test_the_other_files_are_made_of_the_first(folder: str) -> None:
     tls = Certificates(Path("/etc/envoy/tls/tls.crt"), Path("/etc/envoy/tls/tls.key"))
-    deployed = yaml.safe_load(TEMPLATE.with_name("envoy-tls.yaml").read_text(encoding="utf-8"))
-    # Else: python -m mtgr.serving.gateway --host 0.0.0.0 --tls-certificate ... --tls-key ... --output ...
-    assert deployed == Gateway(host="0.0.0.0", tls=tls).render()
+    deployed = yaml.safe_load((TEMPLATE.parent / folder / "envoy.yaml").read_text(encoding="utf-8"))
+    # Else: python -m mtgr.serving.gateway --host 0.0.0.0 --tls-certificate ... --tls-key ... --replica ... --output ...
+    assert deployed == Gateway(host="0.0.0.0", tls=tls, replicas=DEPLOYED[folder]).render()
 
 
 @needs_envoy
@@ -238,11 +245,26 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def started(gateway: Gateway, replica: Replica, folder: Path) -> Envoy:
+def started(gateway: Gateway, replica: Replica, folder: Path, *others: Replica) -> Envoy:
     port, metrics, admin = free_ports("127.0.0.1", 3)
-    envoy = Envoy(replace(gateway, replicas=(replica,), port=port, metrics_port=metrics, admin_port=admin), folder)
+    replicas = (replica, *others)
+    envoy = Envoy(replace(gateway, replicas=replicas, port=port, metrics_port=metrics, admin_port=admin), folder)
     envoy.await_replica(replica.grpc_port, healthy=True)
     return envoy
+
+
+@needs_envoy
+def test_pods_that_are_not_there_yet_get_nothing(upstream: tuple[Replica, Triton], tmp_path: Path) -> None:
+    """Of a StatefulSet's names most do not resolve until the autoscaler starts them."""
+    replica, triton = upstream
+    absent = [replace(replica, host=f"mtgr-{number}.mtgr-pods.invalid") for number in range(1, 24)]
+    envoy = started(Gateway(), replace(replica, host="localhost"), tmp_path, *absent)
+    try:
+        with MTGRClient(f"127.0.0.1:{envoy.gateway.port}", timeout=5, retries=0) as client:
+            assert all(client.is_ready() for _ in range(50))
+        assert len(triton.metadata) == 50
+    finally:
+        envoy.stop()
 
 
 @needs_envoy
