@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mtgr.errors import ConfigurationError
+
+USUAL_WEIGHTS = {"engagement": 1.0, "retention": 0.1, "monetization": 0.5}
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class RoutingConfig:
     """Settings of ranking and of calls to engines.
 
     Attributes:
-        task_weights: Weight of each task in the final score; tasks without one count 0.
+        task_weights: Weight of each task in the final score; tasks without one count 0. Empty: ``weights_of`` decides.
         default_top_k: Items recommended to a request that does not say how many.
         rank_limit: Retrieved items that are ranked, at least ``top_k``.
         remove_seen: Whether items the user already had an event with are never recommended.
@@ -24,9 +26,7 @@ class RoutingConfig:
         engine_timeout: Seconds for one call of an engine.
     """
 
-    task_weights: Mapping[str, float] = field(
-        default_factory=lambda: {"engagement": 1.0, "retention": 0.1, "monetization": 0.5}
-    )
+    task_weights: Mapping[str, float] = field(default_factory=dict)
     default_top_k: int = 10
     rank_limit: int = 256
     remove_seen: bool = True
@@ -48,3 +48,21 @@ class RoutingConfig:
             raise ConfigurationError(f"routing: engine_timeout is {self.engine_timeout}; it must be positive.")
         if not all(math.isfinite(weight) for weight in self.task_weights.values()):
             raise ConfigurationError("routing: task weights must be finite numbers.")
+
+    def weights_of(self, tasks: Sequence[str]) -> list[float]:
+        """Weight of each of a model's tasks.
+
+        Without any in the settings: ``USUAL_WEIGHTS`` for a model with these tasks, and 1 each for any other model.
+
+        Raises:
+            ConfigurationError: If there is a weight for a task that the model does not have.
+        """
+        weights = self.task_weights
+        if not weights:
+            weights = USUAL_WEIGHTS if set(USUAL_WEIGHTS) <= set(tasks) else dict.fromkeys(tasks, 1.0)
+        unknown = sorted(set(weights) - set(tasks))
+        if unknown:
+            raise ConfigurationError(
+                f"routing: there is a weight for {unknown[0]!r}, but the tasks are {', '.join(tasks)}."
+            )
+        return [weights.get(task, 0.0) for task in tasks]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtgr.errors import ConfigurationError, UnavailableError
+from mtgr.errors import UnavailableError
 from mtgr.features.candidates import CandidateState, candidate_rows
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.extract import Features
@@ -70,13 +70,7 @@ class Ranker:
         self.schema = schema
         self.catalog = catalog
         self.config = config
-        unknown = set(config.task_weights) - set(schema.task_names)
-        if unknown:
-            raise ConfigurationError(
-                f"routing: there is a weight for {sorted(unknown)[0]!r}, "
-                f"but the tasks are {', '.join(schema.task_names)}."
-            )
-        self._weights = np.array([config.task_weights.get(name, 0.0) for name in schema.task_names])
+        self._weights = np.array(config.weights_of(schema.task_names))
 
     async def serve(self, strategy: Strategy, features: Features, call: Call) -> Ranking:
         """Rank the request's candidates, or retrieve some and rank those.

@@ -38,9 +38,6 @@ def export(name: str, folder: Path) -> Path:
     arguments = ["--checkpoint", str(source), "--model-repository", str(repository)]
     arguments += ["--converted", str(folder / "converted"), "--engine", "onnx"]
     assert main([*arguments, *(["--engine", "baseline"] if case.format == "meta-dlrmv3" else [])]) == 0
-    weights = ", ".join(f"{task}: 1.0" for task in case.options.get("tasks", ["next_item"]))
-    policy = f"routing: {{ task_weights: {{ {weights} }} }}"
-    (folder / "policy.yaml").write_text(policy, encoding="utf-8")
     return repository
 
 
@@ -56,11 +53,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @contextmanager
 def serving(repository: Path) -> Iterator[MTGRClient]:
     """A server on a repository, and a client of it."""
-    environment = {"MTGR_POLICY": str(repository.with_name("policy.yaml"))}
-    with (
-        TritonServer(repository, environment=environment, stop_timeout=5) as server,
-        MTGRClient(server.grpc_url) as client,
-    ):
+    with TritonServer(repository, stop_timeout=5) as server, MTGRClient(server.grpc_url) as client:
         yield client
 
 

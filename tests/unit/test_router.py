@@ -321,6 +321,13 @@ def test_scores_that_are_not_finite_are_a_failure(value: float) -> None:
         route(FakeEngines(table=table), features([10, 13, 16], strategy="auto"))
 
 
+def test_without_weights_tasks_have_their_usual_ones_and_those_of_other_models_count_alike() -> None:
+    config = RoutingConfig()
+    assert config.weights_of(["retention", "engagement", "monetization", "likes"]) == [0.1, 1.0, 0.5, 0.0]
+    assert config.weights_of(["next_item"]) == [1.0]
+    assert config.weights_of(["click", "engagement"]) == [1.0, 1.0]
+
+
 def test_weights_of_unknown_tasks_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="weight for 'clicks', but the tasks are engagement, retention"):
         Router(SCHEMA, CATALOG, FakeEngines(), policy(task_weights={"engagement": 1.0, "clicks": 1.0}))
