@@ -32,6 +32,7 @@ from mtgr.schema import (
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
+_TABLE_ITEMS = 1 << 16  # up to so many, a table of all items is quicker than a search
 STATE_VERSION = 4
 NEVER = -1  # stands for a time that does not exist
 _HEADER = 10
@@ -311,6 +312,19 @@ def candidate_columns(
     return rows
 
 
+def _places(known: Int64Array, wanted: npt.NDArray[np.integer[Any]], num_items: int) -> npt.NDArray[np.intp]:
+    """Where each of ``wanted`` stands in the ascending ``known``; ``len(known)`` where it does not."""
+    if num_items <= _TABLE_ITEMS:
+        table = np.full(num_items, len(known), dtype=np.intp)
+        table[known] = np.arange(len(known))
+        places: npt.NDArray[np.intp] = table[wanted]
+        return places
+    # A table of the catalogue's size would cost a large one dearly.
+    index = np.searchsorted(known, wanted)
+    index[np.append(known, np.iinfo(np.int64).max)[index] != wanted] = len(known)
+    return index
+
+
 def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, items: Int64Array) -> Int32Array:
     """Rows of candidates for one request.
 
@@ -323,11 +337,8 @@ def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, 
     Returns:
         INT32 [k, W], slots going on from the context's.
     """
-    # Looked up among the items the user knows: arrays of the catalogue's size would cost a large one dearly.
     neighbours = catalog.neighbours[items]
-    known = np.append(state.seen_items, np.iinfo(np.int64).max)
-    index = np.searchsorted(state.seen_items, neighbours)
-    index[known[index] != neighbours] = len(state.seen_items)
+    index = _places(state.seen_items, neighbours, len(catalog.neighbours))
     similar_events, similar_surprise = similar_sums(
         catalog.similarity[items],
         index,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 Int32Array = npt.NDArray[np.int32]
 
 CONTEXT_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1152, 1536, 2048)
-CANDIDATE_BUCKETS = (16, 64, 256, 1024)
+CANDIDATE_BUCKETS = (16, 64, 128, 256, 512, 1024)
 
 
 def bucket(length: int, buckets: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mtgr.errors import ConfigurationError
+from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS
 
 USUAL_WEIGHTS = {"engagement": 1.0, "retention": 0.1, "monetization": 0.5}
 
@@ -23,6 +24,8 @@ class RoutingConfig:
         max_batch: Most requests merged into one call of a dense engine.
         max_running: Calls that a dense engine is given at a time: as many as it has instances.
         max_tokens: Most tokens, padding included, in one call of a dense engine; bounds its memory.
+        context_buckets: Lengths that dense engines' contexts are padded to. Finer ones pad less and merge less.
+        candidate_buckets: Likewise for candidates; more than the last are split over calls.
         engine_timeout: Seconds for one call of an engine.
     """
 
@@ -33,6 +36,8 @@ class RoutingConfig:
     max_batch: int = 32
     max_running: int = 1
     max_tokens: int = 16_384
+    context_buckets: tuple[int, ...] = CONTEXT_BUCKETS
+    candidate_buckets: tuple[int, ...] = CANDIDATE_BUCKETS
     engine_timeout: float = 8.0
 
     def __post_init__(self) -> None:
@@ -44,6 +49,10 @@ class RoutingConfig:
         for name in ("default_top_k", "rank_limit", "max_batch", "max_running", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"routing: {name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("context_buckets", "candidate_buckets"):
+            buckets = getattr(self, name)
+            if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
+                raise ConfigurationError(f"routing: {name} is {list(buckets)}; it must be positive and ascending.")
         if not self.engine_timeout > 0:
             raise ConfigurationError(f"routing: engine_timeout is {self.engine_timeout}; it must be positive.")
         if not all(math.isfinite(weight) for weight in self.task_weights.values()):

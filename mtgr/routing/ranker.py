@@ -15,7 +15,7 @@ from mtgr.errors import UnavailableError
 from mtgr.features.candidates import CandidateState, candidate_rows
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.extract import Features
-from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket, pad
+from mtgr.routing.buckets import bucket, pad
 from mtgr.routing.config import RoutingConfig
 from mtgr.routing.strategies import Strategy
 from mtgr.schema import Schema
@@ -80,7 +80,7 @@ class Ranker:
         """
         state = CandidateState.from_array(features.candidate_state, self.schema.epoch)
         rows = features.context
-        context = pad(rows, bucket(len(rows), CONTEXT_BUCKETS)) if strategy.padded else rows[None]
+        context = pad(rows, bucket(len(rows), self.config.context_buckets)) if strategy.padded else rows[None]
         labels = features.labels
         if len(features.candidates):
             raw = features.candidates
@@ -118,13 +118,13 @@ class Ranker:
         """
         if not len(rows):
             return np.empty((0, len(self.schema.tasks)), dtype=np.float32)
-        step = CANDIDATE_BUCKETS[-1] if strategy.padded else len(rows)
+        step = self.config.candidate_buckets[-1] if strategy.padded else len(rows)
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
         answers = await asyncio.gather(*(self._rank_part(strategy, context, part, call) for part in parts))
         return np.concatenate(answers)
 
     async def _rank_part(self, strategy: Strategy, context: Int32Array, rows: Int32Array, call: Call) -> Float32Array:
-        padded = pad(rows, bucket(len(rows), CANDIDATE_BUCKETS)) if strategy.padded else rows[None]
+        padded = pad(rows, bucket(len(rows), self.config.candidate_buckets)) if strategy.padded else rows[None]
         answer = await call(strategy.rank_model, {"context": context, "candidates": padded}, "task_scores")
         scores: Float32Array = answer[0][: len(rows)]
         if not np.isfinite(scores).all():

@@ -206,15 +206,18 @@ class Router:
         return None
 
     async def _serve(self, strategy: Strategy, version: int | None, features: Features, size: Size) -> Ranking:
-        started = self._clock()
+        started, choice = self._clock(), self._choice
+        running = choice.started(strategy.name)
         try:
             ranking = await self._ranker.serve(strategy, features, self._caller(strategy, version))
         except BaseException as error:
             self.observer.engine_failed(strategy.name, reason_of(error))
             raise
+        finally:
+            choice.ended(strategy.name)
         seconds = self._clock() - started
         self.observer.stage("engine", seconds)
-        self._choice.answered(strategy.name, size, seconds)
+        choice.answered(strategy.name, size, seconds, running)
         return ranking
 
     def _caller(self, strategy: Strategy, version: int | None) -> Callable[[str, Arrays, str], Any]:

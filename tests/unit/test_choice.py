@@ -58,6 +58,20 @@ def test_the_rule(ready: tuple[str, ...], milliseconds: dict[str, float], first:
     assert chosen.reason
 
 
+def test_what_was_measured_under_load_is_not_held_against_an_engine_that_is_idle_now() -> None:
+    auto = choice()
+    for _ in range(10):
+        auto.answered("onnx", SMALL, 0.160, running=32)  # 5 ms each
+        auto.answered("vllm", SMALL, 0.009, running=1)
+    assert auto.choose(ORDER, SMALL).order[0] == "onnx"
+    for _ in range(3):
+        auto.started("onnx")
+    assert auto.choose(ORDER, SMALL).order[0] == "vllm"  # 20 ms by now
+    for _ in range(3):
+        auto.ended("onnx")
+    assert auto.choose(ORDER, SMALL).order[0] == "onnx"
+
+
 def test_without_adapting_the_order_decides() -> None:
     auto = choice(adaptive=False)
     measure(auto, tensorrt=900, onnx=1)

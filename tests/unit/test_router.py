@@ -178,6 +178,21 @@ def test_auto_without_any_engine_names_every_reason() -> None:
     assert "make export" in str(caught.value)
 
 
+def test_the_policy_may_set_other_buckets() -> None:
+    engines = FakeEngines()
+    candidates = CATALOG.raw_ids[:11]
+    answer = route(engines, features(candidates, context=70), context_buckets=(100,), candidate_buckets=(2, 4))
+    assert len(answer.items) == len(candidates)
+    assert {length for _, length, _ in engines.shapes("context")} == {100}
+    assert sum(batch for batch, length, _ in engines.shapes("candidates") if length == 4) == 3
+
+
+@pytest.mark.parametrize("buckets", [(), (0, 4), (4, 2), (4, 4)])
+def test_buckets_that_make_no_sense_are_refused(buckets: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigurationError, match="candidate_buckets is"):
+        RoutingConfig(candidate_buckets=buckets)
+
+
 def test_ranking_needs_no_retrieval_model() -> None:
     engines = FakeEngines({"mtgr_onnx_retrieve": "mtgr_onnx_retrieve is not installed"})
     assert route(engines, features([10])).strategy == "onnx"
@@ -210,7 +225,7 @@ def test_vllm_sees_rows_as_they_are() -> None:
 
 
 # vLLM's engine splits them itself, once the context is cached.
-@pytest.mark.parametrize(("strategy", "parts"), [("onnx", [1024, 1024, 1024]), ("vllm", [2500])])
+@pytest.mark.parametrize(("strategy", "parts"), [("onnx", [1024, 1024, 512]), ("vllm", [2500])])
 def test_more_candidates_than_the_largest_bucket_are_split(strategy: str, parts: list[int]) -> None:
     engines = FakeEngines()
     raw = CATALOG.raw_ids[:2500]
