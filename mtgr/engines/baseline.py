@@ -13,6 +13,7 @@ import torch
 from mtgr.checkpoint import load_checkpoint
 from mtgr.engines.rows import RowChecker
 from mtgr.errors import ConfigurationError, InvalidRequestError
+from mtgr.model import MTGR
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -37,6 +38,8 @@ class BaselineEngine:
             self.model = loaded.model.to(self.device)
         except (RuntimeError, AssertionError) as error:
             raise ConfigurationError(f"the model cannot be placed on {device}: {error}") from error
+        if isinstance(self.model, MTGR):
+            self.model.keep_catalogue()
 
     def infer(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Run one batch.

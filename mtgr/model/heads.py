@@ -99,5 +99,13 @@ class NextItemHead(nn.Module):
         Returns:
             Float [..., I].
         """
-        logits: Tensor = query @ F.normalize(items, dim=-1).transpose(-1, -2) / self.temperature + bias
+        return self.logits(query, self.unit(items), bias)
+
+    def unit(self, items: Tensor) -> Tensor:
+        """Unit vectors of item vectors, float [I, item_dim]."""
+        return F.normalize(items, dim=-1)
+
+    def logits(self, query: Tensor, units: Tensor, bias: Tensor) -> Tensor:
+        """As ``forward``, with items from ``unit``."""
+        logits: Tensor = query @ units.transpose(-1, -2) / self.temperature + bias
         return logits

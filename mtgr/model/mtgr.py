@@ -35,6 +35,8 @@ class MTGR(nn.Module):
         ConfigurationError: If the schema's contexts are longer than the position table.
     """
 
+    catalogue: Tensor | None
+
     def __init__(self, config: ModelConfig, schema: Schema, num_features: int) -> None:
         super().__init__()
         if schema.max_context >= config.max_positions:
@@ -62,6 +64,7 @@ class MTGR(nn.Module):
         )
         self.next_item_head = NextItemHead(config, schema.num_items)
         self.retrieve_count = min(config.retrieve_count, schema.num_items - FIRST_ID)
+        self.register_buffer("catalogue", None, persistent=False)
 
     def forward(self, context: Tensor, candidates: Tensor) -> Tensor:
         """Score candidates.
@@ -110,10 +113,18 @@ class MTGR(nn.Module):
 
     def next_item_logits_of(self, x: Tensor) -> Tensor:
         """FP32 [B, I - 2] of trunk outputs, float [B, d]."""
-        logits: Tensor = self.next_item_head(
-            self.next_item_head.query(x), self.embedding.item.all()[FIRST_ID:], self.next_item_head.bias[FIRST_ID:]
-        )
+        head = self.next_item_head
+        units = self._units() if self.catalogue is None else self.catalogue
+        logits: Tensor = head.logits(head.query(x), units, head.bias[FIRST_ID:])
         return logits.float()
+
+    def keep_catalogue(self) -> None:
+        """Compute all items' unit vectors once instead of at every retrieval; weights must not change any more."""
+        with torch.no_grad():
+            self.catalogue = self._units()
+
+    def _units(self) -> Tensor:
+        return self.next_item_head.unit(self.embedding.item.all()[FIRST_ID:])
 
     def training_outputs(
         self, context: Tensor, candidates: Tensor, hidden: Tensor | None = None

@@ -128,6 +128,7 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         missing = set(own) - loaded
         if missing:
             raise ConfigurationError(f"model.safetensors lacks {min(missing)}; run `make export` again.")
+        self.network.keep_catalogue()
         self._warm_up_attention()
         return {f"network.{name}" for name in loaded}
 
