@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -171,18 +172,25 @@ def test_who_gives_up_at_the_start_leaves_one_engine(repository: Path, monkeypat
             await asyncio.wait_for(engine.generate_recommendations(USERS[0], request_time=NOW), 0.5)
         return await engine.generate_recommendations(USERS[0], request_time=NOW)
 
+    async def gone() -> None:
+        """A process that was killed is there until the kernel comes round to it."""
+        end = time.monotonic() + 10
+        while set(multiprocessing.active_children()) != others:
+            assert time.monotonic() < end, multiprocessing.active_children()
+            await asyncio.sleep(0.05)
+
     async def live() -> None:
         engine = VLLMEngine(VLLMEngineConfig(repository))
         assert (await give_up_and_ask_again(engine)).strategy == "vllm"
         assert len(starts) == 1
         assert set(multiprocessing.active_children()) > others
         await engine.close()
-        assert set(multiprocessing.active_children()) == others
+        await gone()
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(engine.start(), 0.5)
         await engine.close()
         assert len(starts) == 2
-        assert set(multiprocessing.active_children()) == others
+        await gone()
 
     asyncio.run(live())
 
