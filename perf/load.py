@@ -59,6 +59,7 @@ class Samples:
         lags: Seconds that it was sent later.
         latencies: Seconds from the first of these to the answer.
         outcomes: What became of it.
+        indices: Which request it was, of those that the call knows; in the order of their answers, as all of these.
         sentences: How often each sentence of an error came, numbers left out.
     """
 
@@ -67,10 +68,12 @@ class Samples:
     lags: list[float] = field(default_factory=list, repr=False)
     latencies: list[float] = field(default_factory=list, repr=False)
     outcomes: list[Outcome] = field(default_factory=list, repr=False)
+    indices: list[int] = field(default_factory=list, repr=False)
     sentences: Counter[str] = field(default_factory=Counter)
 
-    def add(self, arrival: float, lag: float, latency: float, outcome: Outcome) -> None:
+    def add(self, arrival: float, lag: float, latency: float, outcome: Outcome, index: int = -1) -> None:
         """Take one request down."""
+        self.indices.append(index)
         self.arrivals.append(arrival)
         self.lags.append(lag)
         self.latencies.append(latency)
@@ -79,9 +82,10 @@ class Samples:
     def between(self, start: float, end: float) -> Samples:
         """The requests that were to be sent in a part of the run."""
         part = Samples(end - start)
-        for arrival, lag, latency, outcome in zip(self.arrivals, self.lags, self.latencies, self.outcomes, strict=True):
+        columns = (self.arrivals, self.lags, self.latencies, self.outcomes, self.indices)
+        for arrival, lag, latency, outcome, index in zip(*columns, strict=True):
             if start <= arrival < end:
-                part.add(arrival - start, lag, latency, outcome)
+                part.add(arrival - start, lag, latency, outcome, index)
         return part
 
     def count(self, *outcomes: Outcome) -> int:
@@ -131,17 +135,34 @@ def percentile(values: npt.ArrayLike, q: float) -> float:
 
 
 async def open_loop(
-    call: Call, arrivals: Sequence[float], seconds: float, max_in_flight: int = MAX_IN_FLIGHT
+    call: Call,
+    arrivals: Sequence[float],
+    seconds: float,
+    max_in_flight: int = MAX_IN_FLIGHT,
+    keys: Sequence[str] | None = None,
 ) -> Samples:
-    """Send a request at each of these seconds from now, all within ``seconds``, and wait for the last answers."""
+    """Send a request at each of these seconds from now, all within ``seconds``, and wait for the last answers.
+
+    Args:
+        call: Sends request ``index``.
+        arrivals: When requests are to be sent.
+        seconds: Length of the run.
+        max_in_flight: Further requests are not sent, and counted as such.
+        keys: Whose request each is: requests of one key, such as a user's visits, go in order, each after the answer to
+            the one before. What it waits for that counts as its latency.
+    """
     samples, tasks = Samples(seconds), set[asyncio.Task[None]]()
+    latest: dict[str, asyncio.Task[None]] = {}
     start = time.perf_counter()
     for index, arrival in enumerate(arrivals):
         await asyncio.sleep(max(0.0, start + arrival - time.perf_counter()))
         if len(tasks) >= max_in_flight:
-            samples.add(arrival, 0.0, 0.0, Outcome.UNSENT)
+            samples.add(arrival, 0.0, 0.0, Outcome.UNSENT, index)
             continue
-        task = asyncio.create_task(_send(call, index, start, arrival, samples))
+        before = latest.get(keys[index]) if keys is not None else None
+        task = asyncio.create_task(_send(call, index, start, arrival, samples, before))
+        if keys is not None:
+            latest[keys[index]] = task
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     await asyncio.sleep(max(0.0, start + seconds - time.perf_counter()))
@@ -149,15 +170,18 @@ async def open_loop(
     return samples
 
 
-async def closed_loop(call: Call, concurrency: int, seconds: float) -> Samples:
-    """``concurrency`` callers, each of which sends its next request when the one before is answered."""
+async def closed_loop(call: Call, concurrency: int, seconds: float, most: int = 1 << 40) -> Samples:
+    """``concurrency`` callers, each of which sends its next request when the one before is answered.
+
+    They stop after ``seconds``, or when ``most`` requests are sent.
+    """
     samples = Samples(seconds)
     start = time.perf_counter()
-    numbers = iter(range(1 << 40))
+    numbers = iter(range(most))
 
     async def caller() -> None:
-        while (arrival := time.perf_counter() - start) < seconds:
-            await _send(call, next(numbers), start, arrival, samples)
+        while (arrival := time.perf_counter() - start) < seconds and (index := next(numbers, None)) is not None:
+            await _send(call, index, start, arrival, samples)
 
     await asyncio.gather(*(caller() for _ in range(concurrency)))
     return samples
@@ -173,15 +197,24 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
     return moments
 
 
-async def _send(call: Call, index: int, start: float, arrival: float, samples: Samples) -> None:
+async def _send(
+    call: Call,
+    index: int,
+    start: float,
+    arrival: float,
+    samples: Samples,
+    before: asyncio.Task[None] | None = None,
+) -> None:
     lag = time.perf_counter() - start - arrival
+    if before is not None:
+        await asyncio.wait([before])
     outcome = Outcome.ANSWERED
     try:
         await call(index)
     except MTGRError as error:
         outcome = outcome_of(error)
         samples.sentences[re.sub(r"\d[\d.e+-]*", "#", str(error))] += 1
-    samples.add(arrival, lag, time.perf_counter() - start - arrival, outcome)
+    samples.add(arrival, lag, time.perf_counter() - start - arrival, outcome, index)
 
 
 class RawCaller:
@@ -189,15 +222,17 @@ class RawCaller:
 
     Args:
         url: ``host:port`` of the server's gRPC.
-        requests: What to send, in turn.
+        requests: What to send, in turn: requests, or what ``message`` made.
         timeout: Time limit of each, in seconds.
     """
 
-    def __init__(self, url: str, requests: Sequence[RecommendationRequest], timeout: float) -> None:
+    def __init__(self, url: str, requests: Sequence[RecommendationRequest | bytes], timeout: float) -> None:
         import grpc  # type: ignore[import-untyped]
 
         self._settings = Settings.checked(url, "grpc", timeout + _GRACE, 0, None, "mtgr")
-        self._messages = [message(encode(request), timeout) for request in requests]
+        self._messages = [
+            request if isinstance(request, bytes) else message(encode(request), timeout) for request in requests
+        ]
         self._channel = grpc.aio.insecure_channel(url, options=self._settings.grpc_channel_args)
         self._method = self._channel.unary_unary(METHOD)
         self._error = grpc.aio.AioRpcError
@@ -219,9 +254,9 @@ class RawCaller:
                 raise InferenceServerException(error.details(), str(error.code())) from error
 
 
-def message(tensors: Sequence[Tensor], timeout: float) -> bytes:
-    """A ``ModelInferRequest`` to the door, as it goes over the wire."""
-    built = messages.ModelInferRequest(model_name="mtgr")
+def message(tensors: Sequence[Tensor], timeout: float, model: str = "mtgr") -> bytes:
+    """A ``ModelInferRequest`` to the door, or to another model, as it goes over the wire."""
+    built = messages.ModelInferRequest(model_name=model)
     built.parameters["timeout"].int64_param = microseconds(timeout)
     for tensor in tensors:
         built.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.data.shape)
