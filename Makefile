@@ -9,7 +9,7 @@ REPOSITORY := model_repository
 # Bounded, so that several processes on one machine do not fight for its cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format train export vllm serve fleet bench clean help
+.PHONY: demo test lint format train finetune export vllm serve fleet bench perf tune report compare clean help
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -34,6 +34,9 @@ format: $(VENV)/.dev  ## rewrite the code in the project's style
 train: $(VENV)/.serve  ## train the demo's checkpoint into build/checkpoint
 	$(BIN)/python -m mtgr.training --output $(CHECKPOINT)
 
+finetune: $(VENV)/.serve  ## adapt a checkpoint to new items, and show what it gains
+	$(BIN)/python -m mtgr.training.finetune --demo
+
 export: $(VENV)/.serve  ## put every engine that this machine can export into model_repository
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY)
 
@@ -47,6 +50,20 @@ fleet: $(VENV)/.dev $(VENV)/.servers  ## two servers behind Envoy, with Redis an
 
 bench: $(VENV)/.serve  ## onnx against baseline, and what the door costs
 	$(BIN)/python -m perf.bench
+
+perf: $(VENV)/.serve $(VENV)/.servers  ## every strategy under the same traffic, by perf_analyzer
+	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY) --if-stale
+	$(BIN)/python -m perf.run --model-repository $(REPOSITORY)
+
+tune: $(VENV)/.serve  ## settings that bear more under a latency limit, as a variant in build/tuned
+	$(BIN)/python -m perf.tune --model-repository $(REPOSITORY)
+
+RESULT ?= perf/results/perf.json
+report: $(VENV)/.perf  ## a run as an HTML page and pictures: RESULT=perf/results/NAME.json
+	$(BIN)/python -m perf.report $(RESULT)
+
+compare: $(VENV)/.perf  ## has it become slower? OLD=a.json NEW=b.json; exits 1 if so
+	$(BIN)/python -m perf.compare $(OLD) $(NEW)
 
 clean:  ## remove everything that was built or downloaded in this folder, installed engines included
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -68,10 +85,17 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.serve
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[dev]'
 	touch $@
 
-# Some tests and `make fleet` start a Redis and a Prometheus of their own. Without them these tests are skipped.
+$(VENV)/.perf: pyproject.toml $(VENV)/.serve
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e '.[perf]'
+	touch $@
+
+# Some tests and `make fleet` start a Redis and a Prometheus of their own, perf_analyzer wants libb64, and the
+# report is looked at in Chromium. Without them these tests are skipped.
 $(VENV)/.servers: | $(VENV)/.made
 	@missing=; command -v redis-server >/dev/null || missing="redis-server"; \
 	command -v promtool >/dev/null || missing="$$missing prometheus"; \
+	ldconfig -p | grep -q libb64.so.0d || missing="$$missing libb64-0d"; \
+	command -v chromium >/dev/null || missing="$$missing chromium fonts-dejavu-core"; \
 	if [ -z "$$missing" ]; then touch $@; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null && touch $@; \
