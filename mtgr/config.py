@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,41 @@ from mtgr.errors import ConfigurationError
 
 StaticAttention = Literal["full", "causal"]
 HeadKind = Literal["shared_bottom", "mmoe"]
+StoredPrecision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Embeddings that another model made of the items' text, images or sound: a side feature of every item.
+
+    Attributes:
+        name: What they were made of, such as ``text``; the name of the tensors in a checkpoint.
+        width: Numbers per item.
+        precision: In which the frozen matrix is stored: ``fp16`` halves it.
+    """
+
+    name: str
+    width: int
+    precision: StoredPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigurationError: If one is out of range.
+        """
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ConfigurationError(
+                f"model config: a modality is called {self.name!r}; use small letters, digits and underscores."
+            )
+        if not isinstance(self.width, int) or isinstance(self.width, bool) or self.width < 1:
+            raise ConfigurationError(
+                f"model config: modality {self.name} has width {self.width!r}; it must be a positive integer."
+            )
+        if self.precision not in ("fp32", "fp16"):
+            raise ConfigurationError(
+                f"model config: modality {self.name} is stored in {self.precision!r}; it must be 'fp32' or 'fp16'."
+            )
 
 
 @dataclass(frozen=True)
@@ -42,6 +78,7 @@ class ModelConfig:
         temperature: Divides the cosine similarities of the next-item head.
         dropout: Probability of zeroing an element of a block's update, training only.
         embedding_dropout: The same for the elements of token embeddings.
+        modalities: Embeddings of the items' content that the network takes in, none by default.
     """
 
     num_layers: int = 2
@@ -64,6 +101,7 @@ class ModelConfig:
     temperature: float = 0.05
     dropout: float = 0.0
     embedding_dropout: float = 0.0
+    modalities: tuple[Modality, ...] = ()
 
     def __post_init__(self) -> None:
         """Fill in the head widths and check every value.
@@ -119,6 +157,8 @@ class ModelConfig:
         for name in ("dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigurationError(f"model config: {name} is {getattr(self, name)}; it must lie in [0, 1).")
+        if len({modality.name for modality in self.modalities}) != len(self.modalities):
+            raise ConfigurationError("model config: two modalities have one name; give each its own.")
 
     @property
     def block_parameters(self) -> int:
@@ -128,7 +168,11 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        values["modalities"] = list(values["modalities"])
+        if not self.modalities:  # as before there were any, so that hashes of checkpoints stay
+            del values["modalities"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -140,7 +184,15 @@ class ModelConfig:
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ConfigurationError(f"model config: unknown key {sorted(unknown)[0]!r}; remove it or fix its name.")
-        return cls(**values)
+        try:
+            modalities = tuple(
+                value if isinstance(value, Modality) else Modality(**value) for value in values.get("modalities", ())
+            )
+        except TypeError as error:
+            raise ConfigurationError(
+                "model config: modalities must be a list of objects with name, width and precision."
+            ) from error
+        return cls(**{**values, "modalities": modalities})
 
 
 # Widths of MTGR's Table of sizes (arXiv 2505.18654) from small to large; 22/1024 is its largest offline model.

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mtgr.data.dataset import Dataset
+from mtgr.data.kuairand import WATCHED, KuaiRand
 from mtgr.data.movielens import MovieLens100K
+from mtgr.data.movielens_large import MovieLens1M, MovieLens20M
 from mtgr.errors import ConfigurationError
 
 
@@ -25,6 +27,10 @@ class DatasetEntry:
 
 DATASETS: dict[str, DatasetEntry] = {
     "movielens-100k": DatasetEntry(MovieLens100K, liked_action=3),  # 4 or 5 stars
+    "movielens-1m": DatasetEntry(MovieLens1M, liked_action=3),
+    "movielens-20m": DatasetEntry(MovieLens20M, liked_action=7),  # 4 stars or more, in halves
+    "kuairand-pure": DatasetEntry(lambda: KuaiRand("pure"), liked_action=WATCHED),
+    "kuairand-1k": DatasetEntry(lambda: KuaiRand("1k"), liked_action=WATCHED),
 }
 
 

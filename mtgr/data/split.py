@@ -9,11 +9,14 @@ training events may be later than another's test events; no user's own future is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from mtgr.data.dataset import BoolArray, Int64Array, Interactions
 from mtgr.errors import ConfigurationError
+
+Protocol = Literal["chronological", "leave-one-out", "temporal"]
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,80 @@ def chronological_split(
     return Split(~in_validation, in_validation & ~in_test, in_test)
 
 
-def leave_last_out(interactions: Interactions, num_users: int) -> Int64Array:
+def split_by(
+    protocol: Protocol, interactions: Interactions, num_users: int, validation_fraction: float, test_fraction: float
+) -> Split:
+    """The split that ``protocol`` asks for: one of the functions of this file.
+
+    Raises:
+        ConfigurationError: If the protocol is unknown, or as the function says.
+    """
+    if protocol == "chronological":
+        return chronological_split(interactions, num_users, validation_fraction, test_fraction)
+    if protocol == "leave-one-out":
+        return leave_one_out_split(interactions, num_users)
+    if protocol == "temporal":
+        return temporal_split(interactions, validation_fraction, test_fraction)
+    raise ConfigurationError(f"there is no protocol {protocol!r}; use chronological, leave-one-out or temporal.")
+
+
+def leave_one_out_split(interactions: Interactions, num_users: int) -> Split:
+    """Each user's last event is test, the one before it validation, all earlier ones train.
+
+    This is the protocol of the published tables (SASRec, HSTU): Meta's generative-recommenders trains on all but the
+    last event, and so does a model that is fitted on train and validation. The order is the table's, events of one
+    second included, as there. A user's only event is train, of two the second is test.
+
+    Raises:
+        ConfigurationError: The events are not sorted by (user, time).
+    """
+    check_sorted(interactions)
+    past = interactions.offsets(num_users)[1:][interactions.user]
+    left = past - np.arange(len(interactions))  # 1 for a user's last event
+    count = np.bincount(interactions.user, minlength=num_users)[interactions.user]
+    test = (left == 1) & (count >= 2)
+    validation = (left == 2) & (count >= 3)
+    return Split(~test & ~validation, validation, test)
+
+
+def temporal_split(interactions: Interactions, validation_fraction: float = 0.1, test_fraction: float = 0.1) -> Split:
+    """Cut the whole log at two moments that are the same for all users.
+
+    Everything that trains is earlier than everything that is scored, as in production; users who come only after a
+    cut are scored on no history. A cut that falls among events of one second moves back to the first of them.
+
+    Raises:
+        ConfigurationError: Fractions are negative or sum to 1 or more, or the events are not sorted by (user,
+            time).
+    """
+    if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
+        raise ConfigurationError("Give a validation and a test fraction of 0 or more that sum to less than 1.")
+    check_sorted(interactions)
+    times = np.sort(interactions.time)
+
+    def moment(held_out: float) -> float:
+        """The time from which on at least a share ``held_out`` of the events lies."""
+        count = int(np.floor(len(times) * held_out + 1e-9))
+        return float(times[len(times) - count]) if count else np.inf
+
+    validation_start, test_start = moment(validation_fraction + test_fraction), moment(test_fraction)
+    test = interactions.time >= test_start
+    validation = ~test & (interactions.time >= validation_start)
+    return Split(~test & ~validation, validation, test)
+
+
+def leave_last_out(interactions: Interactions, num_users: int, by_order: bool = False) -> Int64Array:
     """The index of each user's last event, for users who have an event strictly before it: INT64 [N], ascending.
 
     Of several events in a user's last second it is the last in the table's order; the others are neither
-    history nor target.
+    history nor target. With ``by_order`` they are history, and any user with two events has a last one.
     """
     check_sorted(interactions)
     offsets = interactions.offsets(num_users)
     last = (offsets[1:] - 1)[offsets[1:] > offsets[:-1]]
+    if by_order:
+        followed: Int64Array = last[last > offsets[interactions.user[last]]]
+        return followed
     start, end = history_bounds(interactions, interactions.user[last], interactions.time[last])
     return last[end > start]
 

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtgr.config import ModelConfig
+from mtgr.config import Modality, ModelConfig
+from mtgr.model.modalities import ItemModalities
 from mtgr.schema import FIRST_COLUMN, SLOT_COLUMN, TIME, TYPE_COLUMN, Schema, TokenType
 
 
 class ItemEmbedding(nn.Module):
-    """An item's vector: a learned embedding plus a projection of static side features, which live in the model."""
+    """An item's vector: a learned embedding plus projections of static side features, which live in the model."""
 
     features: Tensor
 
-    def __init__(self, num_items: int, num_features: int, width: int) -> None:
+    def __init__(self, num_items: int, num_features: int, width: int, modalities: Sequence[Modality] = ()) -> None:
         super().__init__()
         self.table = nn.Embedding(num_items, width)
         self.project = nn.Linear(num_features, width, bias=False)
         nn.init.normal_(self.table.weight, std=0.05)
         self.register_buffer("features", torch.zeros(num_items, num_features))
+        self.modalities = ItemModalities(modalities, num_items, width) if modalities else None
 
     def forward(self, items: Tensor) -> Tensor:
         """Float [..., item_dim] of INT [...] item ids."""
         vectors: Tensor = self.table(items) + self.project(F.embedding(items, self.features))
-        return vectors
+        return vectors if self.modalities is None else vectors + self.modalities(items)
 
     def all(self) -> Tensor:
         """Vectors of the whole catalogue, float [I, item_dim]."""
         vectors: Tensor = self.table.weight + self.project(self.features)
-        return vectors
+        return vectors if self.modalities is None else vectors + self.modalities.all()
 
 
 class TokenEmbedding(nn.Module):
@@ -44,7 +48,7 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.event_columns = _embedded(schema.event_columns)
         self.candidate_columns = _embedded(schema.candidate_columns)
-        self.item = ItemEmbedding(schema.num_items, num_features, config.item_dim)
+        self.item = ItemEmbedding(schema.num_items, num_features, config.item_dim, config.modalities)
         names = {**self.event_columns, **self.candidate_columns}
         tables = {name: nn.Embedding(schema.column_size(name), config.feature_dim) for name in names}
         self.tables = nn.ModuleDict(tables)

@@ -19,13 +19,15 @@ from mtgr.bundle import STORE_FILE
 from mtgr.checkpoint import CONFIG_FILE, Checkpoint, build_model, save_checkpoint
 from mtgr.config import preset, preset_names
 from mtgr.data.registry import DATASETS, find_dataset
-from mtgr.errors import ConfigurationError, MTGRError
+from mtgr.errors import ConfigurationError, MTGRError, UnavailableError
+from mtgr.features.modalities import describe, read_modalities
 from mtgr.features.sqlite import write_store
 from mtgr.features.store import UserRecord
 from mtgr.files import read_json, replaced_directory, write_json
 from mtgr.schema import ROW_FORMAT
 from mtgr.training.evaluate import evaluate
 from mtgr.training.loop import PROGRESS_FILE, Trainer
+from mtgr.training.parallel import Workers
 from mtgr.training.prepare import PreparedData, prepare
 from mtgr.training.recipe import Recipe
 
@@ -63,33 +65,71 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--threads", type=int, default=defaults.threads, help="threads of PyTorch")
+    parser.add_argument("--num-negatives", type=int, default=defaults.num_negatives, help="of the next-item loss")
+    parser.add_argument("--accumulate", type=int, default=defaults.accumulate, help="micro-batches in a step")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default=defaults.precision, help="of the computation")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="compute blocks again going backwards")
+    parser.add_argument(
+        "--stochastic-length", type=float, default=0.0, metavar="ALPHA", help="in (1, 2): thin long histories (HSTU)"
+    )
+    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="keep the state within epochs too")
+    parser.add_argument("--temperature", type=float, help="of the next-item head, instead of the preset's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--modality",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="item embeddings (docs/multimodal.md): FILE.safetensors, or FILE.npy:IDS.npy; may be repeated",
+    )
+    parser.add_argument("--modality-precision", choices=("fp32", "fp16"), default="fp32", help="they are stored in")
     return parser.parse_args(arguments)
 
 
 def _run(options: argparse.Namespace) -> None:
+    device = _device(options.device)
+    workers = Workers.join(on_gpus=device.type == "cuda")
+    try:
+        _train(options, device, workers)
+    finally:
+        workers.leave()
+
+
+def _train(options: argparse.Namespace, device: torch.device, workers: Workers) -> None:
     names = {field.name for field in dataclasses.fields(Recipe)}
     recipe = Recipe(**{key: value for key, value in vars(options).items() if key in names})
-    config = preset(options.preset)
+    config = preset(options.preset, **({} if options.temperature is None else {"temperature": options.temperature}))
+    embeddings = read_modalities(options.modality)
+    config = dataclasses.replace(config, modalities=describe(embeddings, options.modality_precision))
     made_of = {"dataset": options.dataset, "model": config.to_dict(), "recipe": recipe.to_dict(), "rows": ROW_FORMAT}
+    if embeddings:
+        made_of["modalities"] = {name: matrix.hash for name, matrix in embeddings.items()}
     _check_replaceable(options.output, CONFIG_FILE)
     _check_replaceable(options.state, PROGRESS_FILE)
     if not options.force and not options.validate and _is_made(options.output, made_of):
-        print(f"{options.output} is up to date; --force trains it again.")
+        if workers.leads:
+            print(f"{options.output} is up to date; --force trains it again.")
         return
 
     started = time.monotonic()
-    print(f"preparing {options.dataset}", file=sys.stderr)
+    if workers.leads:
+        print(f"preparing {options.dataset}", file=sys.stderr)
     entry = find_dataset(options.dataset)
     dataset = entry.factory()
     data = prepare(dataset, entry.liked_action, "validation" if options.validate else "test")
     torch.manual_seed(recipe.seed)
     model = build_model(config, data.schema, data.catalog)
-    trainer = Trainer(model, data.train_samples(), recipe, options.state)
-    if options.resume and trainer.resume():
+    if model.embedding.item.modalities is not None:
+        model.embedding.item.modalities.fill(embeddings, data.catalog)
+    model.to(device)
+    trainer = Trainer(model, data.train_samples(), recipe, options.state, workers)
+    if options.resume and trainer.resume() and workers.leads:
         print(f"resuming after epoch {trainer.epoch} of {recipe.epochs}", file=sys.stderr)
     trained = time.monotonic()
     trainer.train()
     training_seconds = time.monotonic() - trained
+    if not workers.leads:
+        return
 
     print("evaluating against the baselines", file=sys.stderr)
     report = evaluate(model, data, dataset.tasks())
@@ -100,7 +140,7 @@ def _run(options: argparse.Namespace) -> None:
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("mtgr", "numpy", "torch")},
         }
         with replaced_directory(options.output) as staging:
-            save_checkpoint(Checkpoint(model, config, data.schema, data.catalog, record), staging)
+            save_checkpoint(Checkpoint(model.cpu(), config, data.schema, data.catalog, record), staging)
             write_json(staging / METRICS_FILE, report.to_dict())
             write_store(staging / STORE_FILE, _records(data))
     shutil.rmtree(options.state, ignore_errors=True)
@@ -110,6 +150,17 @@ def _run(options: argparse.Namespace) -> None:
         f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{training_seconds:.0f} s of training, {time.monotonic() - started:.0f} s in all"
     )
+
+
+def _device(name: str) -> torch.device:
+    """The device to train on; of several GPUs the process's own.
+
+    Raises:
+        UnavailableError: If there is no such device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("there is no GPU that PyTorch can use; train with --device cpu.")
+    return torch.device(name)
 
 
 def _check_replaceable(directory: Path, marker: str) -> None:

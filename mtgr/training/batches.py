@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,11 @@ class Batch:
     valid: Tensor
     next_items: Tensor
     events: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``."""
+        moved = {field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
+        return Batch(**moved)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

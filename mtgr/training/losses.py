@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtgr.model import MTGR
+from mtgr.peers.zoo import Trainable
 from mtgr.schema import FIRST_ID
 
 # Stands for minus infinity where all logits may be masked: of infinities alone, logsumexp has no gradient.
@@ -29,7 +29,7 @@ def task_loss(logits: Tensor, labels: Tensor, weights: Tensor, valid: Tensor) ->
 
 
 def next_item_loss(
-    model: MTGR,
+    model: Trainable,
     queries: Tensor,
     next_items: Tensor,
     context_items: Tensor,
@@ -57,11 +57,14 @@ def next_item_loss(
     head, vectors = model.next_item_head, model.embedding.item.all()
     num_items = len(vectors) - FIRST_ID
     if num_negatives >= num_items:
-        rivals, correction = torch.arange(FIRST_ID, len(vectors)), 0.0
+        rivals, correction = torch.arange(FIRST_ID, len(vectors), device=queries.device), 0.0
     else:
-        rivals = torch.randperm(num_items, generator=generator)[:num_negatives] + FIRST_ID
+        # Drawn on the CPU, so that a run draws the same on every device.
+        rivals = (torch.randperm(num_items, generator=generator)[:num_negatives] + FIRST_ID).to(queries.device)
         correction = math.log(num_items / num_negatives)
-    own = torch.zeros(len(queries), len(vectors), dtype=torch.bool).scatter_(1, context_items.long(), True)
+    own = torch.zeros(len(queries), len(vectors), dtype=torch.bool, device=queries.device).scatter_(
+        1, context_items.long(), True
+    )
     window = wanted.nonzero()[:, 0]
     masked = own[:, rivals][window] | (rivals == label[:, None])
     logits = head(query, vectors[rivals], head.bias[rivals]).masked_fill(masked, _MASKED)

@@ -7,6 +7,7 @@ The final model and its baselines are fitted on training and validation together
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from mtgr.data.dataset import BoolArray, Dataset, Int8Array, Int64Array, Interactions, User
 from mtgr.data.samples import Sample, build_samples
-from mtgr.data.split import chronological_split, history_bounds, leave_last_out
+from mtgr.data.split import Protocol, history_bounds, leave_last_out, split_by
 from mtgr.data.tasks import label_all
 from mtgr.features.catalog import SNAPSHOT_PERIOD, ItemCatalog, build_catalog
 from mtgr.schema import FIRST_COLUMN, TIME, ProfileField, Schema, TaskSpec
@@ -57,12 +58,13 @@ class PreparedData:
         users: The users.
         interactions: The log: the whole one, or without the test part if that is not what is held out.
         known: BOOL [E], events to fit on; the others are held out, and come after the user's known ones.
-        last: INT64 [U'], each user's last event, for leave-last-out.
+        last: INT64 [U'], each user's last event if it is held out, for leave-last-out.
         known_labels: INT8 [K] of the known events by task, computed from known events alone.
         known_weights: FP32 [K] by task, for tasks whose events do not count alike.
         labels: INT8 [E] by task, computed from the log, for evaluation.
         schema: The schema.
         catalog: Items, with statistics of the known events.
+        protocol: How the log was split.
     """
 
     part: Part
@@ -75,6 +77,22 @@ class PreparedData:
     labels: Mapping[str, Int8Array]
     schema: Schema
     catalog: ItemCatalog
+    protocol: Protocol = "chronological"
+
+    def last_histories(self) -> tuple[Int64Array, Int64Array]:
+        """What is known when a user's last event is asked for: INT64 [U'] starts and ends, as ``history_bounds``.
+
+        It is everything strictly before it in time; by the published leave-one-out protocol, everything before it in
+        the table, events of the same second included.
+        """
+        users = self.interactions.user[self.last]
+        if self.protocol == "leave-one-out":
+            return self.interactions.offsets(len(self.users))[users], self.last.copy()
+        return history_bounds(self.interactions, users, self.interactions.time[self.last])
+
+    def with_schema(self, schema: Schema) -> PreparedData:
+        """The same data in rows of another schema, on the same split."""
+        return dataclasses.replace(self, schema=schema)
 
     def train_samples(self) -> list[Sample]:
         """Samples of the known events; no held-out event is in any context."""
@@ -90,7 +108,12 @@ class PreparedData:
 
 
 def prepare(
-    dataset: Dataset, liked_action: int, part: Part = "test", max_history: int = 1900, realtime_step: int = 100
+    dataset: Dataset,
+    liked_action: int,
+    part: Part = "test",
+    max_history: int = 1900,
+    realtime_step: int = 100,
+    protocol: Protocol = "chronological",
 ) -> PreparedData:
     """Split a dataset and derive everything else from the events before the held-out part.
 
@@ -100,13 +123,15 @@ def prepare(
         part: Events to hold out. For ``validation`` the test events are left out of everything.
         max_history: Longest segment S, in events.
         realtime_step: R_max, in events.
+        protocol: Which events are the test and the validation part; see ``mtgr.data.split.split_by``.
     """
     interactions, users, items, tasks = dataset.interactions(), dataset.users(), dataset.items(), dataset.tasks()
-    split = chronological_split(interactions, len(users), _VALIDATION_FRACTION, _TEST_FRACTION)
+    split = split_by(protocol, interactions, len(users), _VALIDATION_FRACTION, _TEST_FRACTION)
     is_known = ~split.test
     if part == "validation":
         interactions, is_known = interactions.take(~split.test), split.train[~split.test]
     known = interactions.take(is_known)
+    last = leave_last_out(interactions, len(users), by_order=protocol == "leave-one-out")
     categories = tuple(sorted({category for item in items for category in item.categories}))
     catalog = build_catalog(items, categories, known, liked_action)
     schema = Schema(
@@ -129,12 +154,13 @@ def prepare(
         users=users,
         interactions=interactions,
         known=is_known,
-        last=leave_last_out(interactions, len(users)),
+        last=last[~is_known[last]],
         known_labels=label_all(tasks, known),
         known_weights={task.name: frontier_weights(known, len(users)) for task in tasks if task.looks_ahead},
         labels=label_all(tasks, interactions),
         schema=schema,
         catalog=catalog,
+        protocol=protocol,
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mtgr.errors import ConfigurationError
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Recipe:
         gradient_norm: Gradients are clipped to this norm.
         seed: Of everything random; a resumed run equals an uninterrupted one.
         threads: PyTorch threads.
+        accumulate: Micro-batches of ``batch_tokens`` whose gradients are averaged in one step, per process.
+        precision: ``bf16`` computes under autocast; parameters, optimizer and losses stay fp32.
+        activation_checkpointing: Whether blocks are computed again in the backward pass instead of being remembered.
+        stochastic_length: Alpha of HSTU's stochastic length, in (1, 2); 0 takes every history whole.
+        save_every: Steps after which the state is kept, beside the end of each epoch; 0 for that alone.
     """
 
     epochs: int = 12
@@ -42,6 +49,11 @@ class Recipe:
     gradient_norm: float = 1.0
     seed: int = 1
     threads: int = 2
+    accumulate: int = 1
+    precision: Precision = "fp32"
+    activation_checkpointing: bool = False
+    stochastic_length: float = 0.0
+    save_every: int = 0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -49,7 +61,7 @@ class Recipe:
         Raises:
             ConfigurationError: If a value is out of range.
         """
-        for name in ("epochs", "batch_tokens", "num_negatives", "threads"):
+        for name in ("epochs", "batch_tokens", "num_negatives", "threads", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"recipe: {name} must be at least 1.")
         for name in ("learning_rate", "gradient_norm"):
@@ -58,10 +70,26 @@ class Recipe:
         for name in ("warmup_fraction", "average_decay", "column_dropout", "item_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigurationError(f"recipe: {name} must lie in [0, 1).")
-        for name in ("weight_decay", "next_item_weight"):
+        for name in ("weight_decay", "next_item_weight", "save_every"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"recipe: {name} must not be negative.")
+        if self.precision not in ("fp32", "bf16"):
+            raise ConfigurationError("recipe: precision must be 'fp32' or 'bf16'.")
+        if self.stochastic_length and not 1 < self.stochastic_length < 2:
+            raise ConfigurationError("recipe: stochastic_length must lie in (1, 2), or be 0 for whole histories.")
+
+    def with_seed(self, seed: int) -> Recipe:
+        """The same with another seed."""
+        return dataclasses.replace(self, seed=seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-ready values."""
-        return dataclasses.asdict(self)
+        """The recipe as JSON-ready values, later settings only where they are not at their defaults."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in _LATER_SETTINGS or v != _LATER_SETTINGS[k]}
+
+
+_LATER_SETTINGS = {
+    field.name: field.default
+    for field in dataclasses.fields(Recipe)
+    if field.name in ("accumulate", "precision", "activation_checkpointing", "stochastic_length", "save_every")
+}

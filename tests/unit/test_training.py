@@ -305,6 +305,23 @@ def test_command_line(command: list[str], tmp_path: Path, capsys: pytest.Capture
     assert load_checkpoint(output).hash != checkpoint.hash
 
 
+def test_options_reach_the_recipe(command: list[str], tmp_path: Path) -> None:
+    extra = ["--accumulate", "2", "--precision", "bf16", "--stochastic-length", "1.5", "--temperature", "0.1"]
+    assert main([*command, *extra, "--activation-checkpointing", "--save-every", "3", "--num-negatives", "7"]) == 0
+    checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    assert isinstance(checkpoint.config, ModelConfig)
+    assert checkpoint.config.temperature == 0.1
+    recipe = checkpoint.record["recipe"]
+    assert (recipe["accumulate"], recipe["precision"], recipe["stochastic_length"]) == (2, "bf16", 1.5)
+    assert (recipe["activation_checkpointing"], recipe["save_every"], recipe["num_negatives"]) == (True, 3, 7)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a GPU to train on")
+def test_training_on_a_gpu_that_is_not_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--device", "cuda"]) == 1
+    assert "--device cpu" in capsys.readouterr().err
+
+
 def test_validating_writes_nothing(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--validate"]) == 0
     table = capsys.readouterr().out
