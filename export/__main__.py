@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from export.artifacts import export_artifacts
 from export.engines import EXPORTERS, Exporter, Job, installed_version
 from export.install import removed_model, template_hash
+from export.precision import PRECISIONS
 from export.report import Exported, table
 from export.vllm import parse_settings, vllm_settings
 from mtgr.bundle import STORE_FILE, bundle_directory, stage_bundle
@@ -59,6 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--skip-vllm-check", action="store_true", help="do not start vLLM to compare what it answers with PyTorch"
     )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the onnx strategy's graphs")
+    parser.add_argument(
+        "--force", action="store_true", help="install a low precision also if it is not close enough to fp32"
+    )
+    parser.add_argument(
+        "--artifacts",
+        type=Path,
+        metavar="DIRECTORY",
+        help="also write graphs, and plans where TensorRT is installed, in every precision there",
+    )
     options = parser.parse_args(arguments)
     try:
         changes = parse_settings(options.vllm)
@@ -69,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.model_repository,
             changes,
             not options.skip_vllm_check,
+            options.precision,
+            options.force,
         )
         # What is wrong is said before anything is made.
         if changes:
@@ -82,6 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{options.model_repository} holds the engines of {job.directory} already.")
             return 0
         export(job, store, options.engine)
+        if options.artifacts is not None:
+            lines = []
+            for line in export_artifacts(job, options.artifacts):
+                print(f"{line.strategy}: {line.state}", flush=True)
+                lines.append(line)
+            print(f"\n{table(lines, options.model_repository)}")
     except MTGRError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from export.baseline import export_baseline
-from export.onnx import OPSET, export_onnx
+from export.onnx import OPSET, export_onnx, onnx_precision
+from export.precision import Precision
 from export.vllm import export_vllm, is_checked, vllm_problem, vllm_settings
 from mtgr.checkpoint import Checkpoint, operations
 from mtgr.compat.base import ForeignModel
@@ -29,6 +30,8 @@ class Job:
         model_repository: Where models go.
         vllm: Engine arguments other than the defaults.
         check_vllm: Whether vLLM is started once to check what it answers.
+        precision: Of the onnx strategy's graphs.
+        force: Whether a low precision is installed also if it is not close enough to fp32.
     """
 
     checkpoint: Checkpoint
@@ -36,6 +39,8 @@ class Job:
     model_repository: Path
     vllm: Mapping[str, Any] = field(default_factory=dict)
     check_vllm: bool = True
+    precision: Precision = "fp32"
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,20 @@ def _is_current_vllm(job: Job, manifest: Manifest) -> bool:
     return manifest.details.get("settings") == settings and (is_checked(manifest) or not job.check_vllm)
 
 
+def _is_current_onnx(job: Job, manifest: Manifest) -> bool:
+    return manifest.precision == onnx_precision(manifest.model, job.precision)
+
+
+def _onnx_problem(job: Job) -> str | None:
+    if job.precision == "fp32":
+        return None
+    if isinstance(job.checkpoint.model, ForeignModel):
+        return f"onnx: {job.checkpoint.model.config.network} networks are exported in fp32 only; leave out --precision."
+    if job.precision == "bf16":
+        return "onnx: ONNX Runtime's CPU provider does not compute in bf16; choose fp16, int8 or fp32."
+    return None
+
+
 def _vllm_problem(job: Job) -> str | None:
     if isinstance(job.checkpoint.model, ForeignModel):
         return f"vllm: the plugin has no {job.checkpoint.model.config.network} network; export other engines."
@@ -81,7 +100,14 @@ EXPORTERS: dict[str, Exporter] = {
     exporter.strategy: exporter
     for exporter in (
         Exporter("baseline", lambda job, stack: [export_baseline(job.checkpoint, job.directory, *_into(job, stack))]),
-        Exporter("onnx", lambda job, stack: export_onnx(job.checkpoint, *_into(job, stack))),
+        Exporter(
+            "onnx",
+            lambda job, stack: export_onnx(
+                job.checkpoint, *_into(job, stack), precision=job.precision, force=job.force
+            ),
+            _onnx_problem,
+            _is_current_onnx,
+        ),
         Exporter(
             "vllm",
             lambda job, stack: [export_vllm(job.checkpoint, *_into(job, stack), job.vllm, job.check_vllm)],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import string
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mtgr.checkpoint import Checkpoint
 from mtgr.files import replaced_directory
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+_VARIANTS = "configs"  # where Triton looks for what --model-config-name names
 
 
 @contextmanager
@@ -53,6 +55,49 @@ def removed_model(name: str, model_repository: Path) -> Iterator[None]:
         (model_repository / name).rename(Path(aside) / name)
     with suppress(OSError):  # others may still grow there
         root.rmdir()
+
+
+def add_variant(version: Path, artifact: str, variant: str) -> None:
+    """Let a host choose this artifact by its kind of GPU: ``tritonserver --model-config-name=<variant>``.
+
+    One repository then serves hosts of several kinds, each with what was built for it; a host that names no variant
+    takes ``artifact``. The variant's file is the same file under another name and takes no further space.
+
+    Args:
+        version: Staged version directory that holds the artifact.
+        artifact: Its file name, such as ``model.plan``.
+        variant: Kind of GPU, such as ``sm90``.
+    """
+    path = version / artifact
+    own = path.with_name(f"{path.stem}.{variant}{path.suffix}")
+    os.link(path, own)
+    _write_variant(version.parent, artifact, own.name, variant)
+
+
+def keep_variants(version: Path, artifact: str, installed: Path, variants: Iterable[str]) -> None:
+    """Take along what other hosts have built into the installed model.
+
+    Args:
+        version: Staged version directory.
+        artifact: Name of the artifact that a host without a variant takes.
+        installed: The model's directory as it is now.
+        variants: Kinds of GPU whose artifacts are of the same checkpoint.
+    """
+    for variant in variants:
+        name = f"{Path(artifact).stem}.{variant}{Path(artifact).suffix}"
+        target = version / name
+        if not target.exists():
+            os.link(installed / version.name / name, target)
+            _write_variant(version.parent, artifact, name, variant)
+
+
+def _write_variant(model: Path, artifact: str, own: str, variant: str) -> None:
+    text = (model / "config.pbtxt").read_text(encoding="utf-8")
+    named = f'default_model_filename: "{artifact}"'
+    assert text.count(named) == 1, f"{model.name}'s config does not name {artifact}"
+    (model / _VARIANTS).mkdir(exist_ok=True)
+    changed = text.replace(named, f'default_model_filename: "{own}"')
+    (model / _VARIANTS / f"{variant}.pbtxt").write_text(changed, encoding="utf-8")
 
 
 def _staging_root(model_repository: Path) -> Path:

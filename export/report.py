@@ -20,12 +20,14 @@ class Exported:
         state: What was done with the model, and why if it was not exported.
         manifest: Of the model; None if there is none in the repository.
         seconds: Time that the strategy's models took together; None where no time was spent, or on another line.
+        directory: Where the artifact lies; the model's place in the repository by default.
     """
 
     strategy: str
     state: str
     manifest: Manifest | None = None
     seconds: float | None = None
+    directory: Path | None = None
 
 
 def table(lines: Sequence[Exported], model_repository: Path) -> str:
@@ -37,6 +39,19 @@ def table(lines: Sequence[Exported], model_repository: Path) -> str:
     )
 
 
+def parity(manifest: Manifest) -> str:
+    """What a manifest says of ranking: rank correlation and the change of AUC; empty if it says nothing."""
+    words = []
+    if "spearman" in manifest.parity:
+        words.append(f"Spearman {manifest.parity['spearman']:.4f}")
+    changes = [pair["artifact"] - pair["fp32"] for pair in manifest.parity.get("auc", {}).values()]
+    if changes:
+        words.append(f"AUC {max(changes, key=abs):+.4f}")
+    if "forced" in manifest.details:
+        words.append(f"forced, though {manifest.details['forced']}")
+    return "; ".join(words)
+
+
 def _cells(line: Exported, model_repository: Path) -> tuple[str, ...]:
     manifest = line.manifest
     described = ("-", "-", "-", "-")
@@ -44,7 +59,7 @@ def _cells(line: Exported, model_repository: Path) -> tuple[str, ...]:
         described = (
             manifest.model,
             manifest.precision,
-            _size(model_repository / manifest.model),
+            _size(line.directory or model_repository / manifest.model),
             _error(manifest),
         )
     return (line.strategy, *described, "-" if line.seconds is None else f"{line.seconds:.1f}", line.state)

@@ -1,0 +1,65 @@
+"""Graphs and plans in every precision, beside the model repository: for TensorRT and for servers elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from export.engines import EXPORTERS, Job
+from export.onnx import export_artifact, onnx_precision
+from export.precision import PRECISIONS, Precision
+from export.report import Exported, parity
+from mtgr.compat.base import ForeignModel
+from mtgr.errors import ConfigurationError
+from mtgr.manifest import Manifest
+
+
+def export_artifacts(job: Job, directory: Path, precisions: Sequence[Precision] = PRECISIONS) -> Iterator[Exported]:
+    """Write ``<directory>/<precision>/<model>/`` for each precision, and a plan of each where TensorRT is installed.
+
+    What cannot be written, or is not close enough to the reference, costs one line and no more.
+
+    Args:
+        job: The checkpoint, and whether low precision is forced.
+        directory: Where artifacts go.
+        precisions: Which of them.
+
+    Yields:
+        A line of the table each.
+    """
+    for precision in precisions:
+        for model in EXPORTERS["onnx"].models_of(job):
+            if onnx_precision(model, precision) != precision:
+                continue  # the same graph in fp32 is there
+            folder = directory / precision / model
+            if precision != "fp32" and isinstance(job.checkpoint.model, ForeignModel):
+                yield Exported("artifact", f"skipped ({model} in {precision}: only MTGR networks have it)")
+                continue
+            start = time.perf_counter()
+            try:
+                manifest = export_artifact(job.checkpoint, model, folder, precision, force=job.force)
+            except ConfigurationError as error:
+                yield Exported("artifact", f"refused ({error})", seconds=time.perf_counter() - start)
+                continue
+            words = "; ".join(filter(None, ("written", parity(manifest))))
+            yield Exported("artifact", words, manifest, time.perf_counter() - start, folder)
+            yield _plan(folder, directory / precision / model.replace("onnx", "tensorrt"), precision)
+
+
+def _plan(graph: Path, folder: Path, precision: Precision) -> Exported:
+    """Build a plan of a graph, if TensorRT and a GPU are there."""
+    # Imported here, so that exports work without what TensorRT's builder needs.
+    try:
+        from export.tensorrt import build_tensorrt_engine, tensorrt_problem
+    except ImportError as error:
+        return Exported("tensorrt", f"skipped (TensorRT is not installed: {error})")
+    problem = tensorrt_problem()
+    if problem is not None:
+        return Exported("tensorrt", f"skipped ({folder.name} in {precision}: {problem})")
+    start = time.perf_counter()
+    try:
+        manifest: Manifest = build_tensorrt_engine(graph / "model.onnx", folder / "model.plan", precision)
+    except ConfigurationError as error:
+        return Exported("tensorrt", f"failed ({error})", seconds=time.perf_counter() - start)
+    return Exported("tensorrt", "written", manifest, time.perf_counter() - start, folder)
