@@ -9,7 +9,7 @@ REPOSITORY := model_repository
 # Bounded, so that several processes on one machine do not fight for its cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format train finetune export vllm serve fleet bench perf tune report compare clean help
+.PHONY: demo test lint format train finetune quality export vllm serve fleet bench perf tune report compare clean help
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -37,8 +37,11 @@ train: $(VENV)/.serve  ## train the demo's checkpoint into build/checkpoint
 finetune: $(VENV)/.serve  ## adapt a checkpoint to new items, and show what it gains
 	$(BIN)/python -m mtgr.training.finetune --demo
 
+quality: $(VENV)/.serve  ## MTGR, its ablations and its peers on MovieLens-100K: an hour of one thread
+	nice -n 10 $(BIN)/python -m perf.quality
+
 export: $(VENV)/.serve  ## put every engine that this machine can export into model_repository
-	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY)
+	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY) --artifacts build/artifacts
 
 vllm: $(VENV)/.vllm  ## install vLLM for the CPU, so that `make export` exports the vllm strategy
 
