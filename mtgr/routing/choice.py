@@ -4,10 +4,11 @@
 2. Without ``adaptive``, the first in ``order`` serves.
 3. With it, the one that was quickest of late with requests of this size. What a request costs depends on the tokens of
    its context, its candidates, and, for vllm, on whether the context is cached there, so these make the size. Averages
-   are of answers as callers saw them, waiting included, divided by the requests that the engine had then and multiplied
-   by those that it has now: an engine with a long queue is slow, and one that was measured under another load is not
-   taken for what it was. Engines within a tenth of the quickest count as equal, and the earlier in ``order`` wins, so
-   that noise does not shift users back and forth.
+   are of answers as callers saw them, waiting included, divided by the requests that all engines had then and
+   multiplied by those that they have now: what was measured under another load is not taken for what it was. All
+   engines share the machine, so the requests of all count. By its own alone an idle engine would always look quicker
+   than a busy one, and requests that could share a batch would be spread. Engines within a tenth of the quickest count
+   as equal, and the earlier in ``order`` wins, so that noise does not shift users back and forth.
    One that fails part of its calls costs their callers another call: its average counts as much higher. What was
    measured last holds until something newer is: a quiet hour does not make a slow engine attractive.
 4. Every 1 / ``explore`` requests one goes to the engine whose average rests on least, so that one that was slow once is
@@ -101,7 +102,7 @@ class AutoChoice:
         self._seconds: dict[tuple[str, Size], float] = {}  # the last averages
         self._failures = {name: MovingAverage(self.config.half_life, clock) for name in STRATEGIES}
         self._requests: Counter[Size] = Counter()
-        self._running: Counter[str] = Counter()
+        self._running = 0
         self._contexts: OrderedDict[int, float] = OrderedDict()
 
     def choose(self, ready: Sequence[str], size: Size) -> Choice:
@@ -128,17 +129,17 @@ class AutoChoice:
         best = next(name for name in names if known.get(name, math.inf) <= _EQUAL * quickest)
         return self._first(best, names, expected, "quickest of late")
 
-    def started(self, strategy: str) -> int:
-        """Say that an engine is given a request; how many it has now."""
-        self._running[strategy] += 1
-        return self._running[strategy]
+    def started(self) -> int:
+        """Say that an engine is given a request; how many all engines have now."""
+        self._running += 1
+        return self._running
 
-    def ended(self, strategy: str) -> None:
-        """Say that it is done with one, answered or not."""
-        self._running[strategy] -= 1
+    def ended(self) -> None:
+        """Say that one is done with, answered or not."""
+        self._running -= 1
 
     def answered(self, strategy: str, size: Size, seconds: float, running: int = 1) -> None:
-        """Say how long an answer took; ``running`` requests the engine had when it was asked, this one included."""
+        """Say how long an answer took; engines had ``running`` requests when it was asked for, this one included."""
         key = strategy, size
         self._latencies.record(key, seconds / running)
         self._seconds[key] = self._latencies.mean(key) or seconds / running
@@ -170,7 +171,7 @@ class AutoChoice:
     def _expected(self, name: str, size: Size) -> float:
         """Seconds until an answer, were failed calls repeated; NaN where nothing was measured."""
         failures = min(self._failures[name].mean or 0.0, _MOST_FAILURES)
-        return self._seconds.get((name, size), math.nan) * (1 + self._running[name]) / (1 - failures)
+        return self._seconds.get((name, size), math.nan) * (1 + self._running) / (1 - failures)
 
     @staticmethod
     def _first(name: str, names: list[str], expected: dict[str, float], why: str) -> Choice:

@@ -207,14 +207,14 @@ class Router:
 
     async def _serve(self, strategy: Strategy, version: int | None, features: Features, size: Size) -> Ranking:
         started, choice = self._clock(), self._choice
-        running = choice.started(strategy.name)
+        running = choice.started()
         try:
             ranking = await self._ranker.serve(strategy, features, self._caller(strategy, version))
         except BaseException as error:
             self.observer.engine_failed(strategy.name, reason_of(error))
             raise
         finally:
-            choice.ended(strategy.name)
+            choice.ended()
         seconds = self._clock() - started
         self.observer.stage("engine", seconds)
         choice.answered(strategy.name, size, seconds, running)

@@ -58,18 +58,24 @@ def test_the_rule(ready: tuple[str, ...], milliseconds: dict[str, float], first:
     assert chosen.reason
 
 
-def test_what_was_measured_under_load_is_not_held_against_an_engine_that_is_idle_now() -> None:
+def test_what_was_measured_under_load_is_not_held_against_an_engine_when_the_load_is_gone() -> None:
     auto = choice()
     for _ in range(10):
         auto.answered("onnx", SMALL, 0.160, running=32)  # 5 ms each
         auto.answered("vllm", SMALL, 0.009, running=1)
     assert auto.choose(ORDER, SMALL).order[0] == "onnx"
-    for _ in range(3):
-        auto.started("onnx")
-    assert auto.choose(ORDER, SMALL).order[0] == "vllm"  # 20 ms by now
-    for _ in range(3):
-        auto.ended("onnx")
-    assert auto.choose(ORDER, SMALL).order[0] == "onnx"
+
+
+def test_requests_in_flight_do_not_shift_the_next_one_to_an_idle_engine() -> None:
+    auto = choice()
+    measure(auto, onnx=5, vllm=9)
+    assert [auto.started() for _ in range(4)] == [1, 2, 3, 4]
+    chosen = auto.choose(ORDER, SMALL)
+    assert chosen.order[0] == "onnx"
+    assert "onnx 25.0 ms" in chosen.reason
+    for _ in range(4):
+        auto.ended()
+    assert "onnx 5.0 ms" in auto.choose(ORDER, SMALL).reason
 
 
 def test_without_adapting_the_order_decides() -> None:
