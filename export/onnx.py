@@ -304,6 +304,20 @@ def _on_requests(
 
 def save_graph(module: nn.Module, path: Path, example: tuple[Tensor, ...], graph: _Graph, opset: int = OPSET) -> None:
     """Trace ``module`` on ``example`` rows and write an ONNX file."""
+    trace(module, example, graph.inputs, graph.outputs, graph.dynamic_shapes, opset).save(path)
+    onnx.checker.check_model(str(path))
+
+
+def trace(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic_shapes: tuple[dict[int, Any], ...] | None,
+    opset: int = OPSET,
+    optimize: bool = True,
+) -> torch.onnx.ONNXProgram:
+    """The graph of ``module``, recorded on ``example`` rows; ``optimize`` needs weights that are there."""
     # The exporter speaks of its own deprecated calls and of packages it can do without: nothing a user could act on.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -313,24 +327,30 @@ def save_graph(module: nn.Module, path: Path, example: tuple[Tensor, ...], graph
             example,
             dynamo=True,
             opset_version=opset,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=graph.dynamic_shapes,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic_shapes,
             verbose=False,
+            optimize=optimize,
         )
     assert program is not None
-    program.save(path)
-    onnx.checker.check_model(str(path))
+    return program
+
+
+def rank_axes() -> tuple[dict[int, Any], ...]:
+    """Axes that vary of a ranking graph's inputs."""
+    batch, context, candidates = Dim("batch", max=4096), Dim("context", max=4096), Dim("candidates", max=16_384)
+    return {0: batch, 1: context}, {0: batch, 1: candidates}
 
 
 def _graphs(checkpoint: Checkpoint, precision: Precision = "fp32") -> tuple[_Graph, ...]:
-    batch, context, candidates = Dim("batch", max=4096), Dim("context", max=4096), Dim("candidates", max=16_384)
+    axes = rank_axes()
     rank = _Graph(
         "mtgr_onnx_rank",
         typed(rank_graph(checkpoint.model), precision),
         ("context", "candidates"),
         ("task_scores",),
-        ({0: batch, 1: context}, {0: batch, 1: candidates}),
+        axes,
         rank_error,
         precision,
     )
@@ -342,7 +362,7 @@ def _graphs(checkpoint: Checkpoint, precision: Precision = "fp32") -> tuple[_Gra
         typed(retrieve_graph(checkpoint.model), retrieve_precision),
         ("context",),
         ("items", "scores"),
-        ({0: batch, 1: context},),
+        axes[:1],
         retrieve_error,
         retrieve_precision,
     )

@@ -27,11 +27,15 @@ class WideTerms(nn.Module):
     def __init__(self, columns: Sequence[tuple[int, int]], num_tasks: int) -> None:
         super().__init__()
         self.columns = [index for index, _ in columns]
-        sizes = [size for _, size in columns]
-        self.table = nn.Embedding(sum(sizes), num_tasks)
+        self.sizes = [size for _, size in columns]
+        self.table = nn.Embedding(sum(self.sizes), num_tasks)
         nn.init.zeros_(self.table.weight)
-        # All columns share one table, so that a single gather serves them.
-        self.register_buffer("offsets", torch.tensor([0, *sizes[:-1]]).cumsum(0).to(torch.int32), persistent=False)
+        self.place(torch.get_default_device())
+
+    def place(self, device: torch.device) -> None:
+        """Say where each column begins: all share one table, so that a single gather serves them."""
+        starts = torch.tensor([0, *self.sizes[:-1]], device=device).cumsum(0).to(torch.int32)
+        self.register_buffer("offsets", starts, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Logits [..., T] of INT32 rows [..., W]."""
