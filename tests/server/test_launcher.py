@@ -415,12 +415,13 @@ def test_launcher_is_not_written_beside_a_native_server(tmp_path: Path, monkeypa
 
 
 def native_server(folder: Path) -> Path:
-    """A directory that looks like NVIDIA's image: an executable and a backend."""
+    """A directory that looks like NVIDIA's image: an executable and the backends that there are stand-ins for."""
     binary = folder / "native" / "bin" / "tritonserver"
     binary.parent.mkdir(parents=True)
     binary.write_text("#!/bin/sh\n")
     binary.chmod(0o755)
-    (folder / "native" / "backends" / "onnxruntime").mkdir(parents=True)
+    for name in ("onnxruntime", "tensorrt"):
+        (folder / "native" / "backends" / name).mkdir(parents=True)
     return binary
 
 
@@ -439,7 +440,7 @@ def test_native_server_gets_only_the_stand_ins_it_lacks(tmp_path: Path) -> None:
         (tmp_path / "stand_ins" / name).mkdir(parents=True)
         (tmp_path / "stand_ins" / name / "model.py").write_text("# stand-in\n")
     backends = assemble_backends(found, tmp_path / "stand_ins", tmp_path / "cache")
-    assert sorted(path.name for path in backends.iterdir()) == ["onnxruntime", "other"]
+    assert sorted(path.name for path in backends.iterdir()) == ["onnxruntime", "other", "tensorrt"]
     assert (backends / "onnxruntime").resolve() == tmp_path / "native" / "backends" / "onnxruntime"
     assert (backends / "other" / "model.py").read_text() == "# stand-in\n"
 
