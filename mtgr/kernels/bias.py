@@ -1,4 +1,4 @@
-"""Relative bias over paged keys: the tables of one layer, and what all layers of a step share."""
+"""Relative bias: over paged keys the tables of one layer and what all layers of a step share, and its parts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from torch import Tensor
 
 from mtgr.errors import ConfigurationError
 
-# The kernel guesses a bucket as log2(|dt|) * ln(2) / LOG_STEP - GUESS_MARGIN and lets one integer edge decide. The
-# margin is far above the error of a fast log2 and far below a bucket, so that the guess is right or one too low.
+# A bucket is guessed and one integer edge decides: the guess must be right or one too low. PyTorch's path guesses
+# log2(|dt|) * ln(2) / LOG_STEP - GUESS_MARGIN, with a margin far above the error of a fast log2 and far below a bucket.
 LOG_STEP = 0.301
 GUESS_MARGIN = 0.01
+
+# Kernels read |dt| as FP32 whose bits, less those of 1.0, are 2^23 log2(|dt|) to within 0.09 octaves below: a fifth of
+# a bucket. Times the factor, 2^32 is a bucket.
+FRACTION_BITS = 23
+ONE_BITS = 127 << FRACTION_BITS
+GUESS_FACTOR = int(math.log(2) / LOG_STEP * (1 << 9))
 
 # A time difference as large as the largest INT32 counts as one second less, so that no bucket begins at the largest.
 MAX_SECONDS = 2**31 - 2
@@ -65,13 +71,7 @@ class PagedBias:
         Returns:
             FP32 [last - first, num_keys], the caller's to change.
         """
-        positions = self.query_positions[first:last].long()
-        highest = int(positions.max())
-        limit = self.max_positions - 1
-        # Along a row the distance falls by one a key, so that every row is a window of one line.
-        steps = torch.arange(highest - int(positions.min()) + num_keys)
-        line = self.position_table.float()[(highest - steps).clamp_(-limit, limit) + limit]
-        bias = line.unfold(0, num_keys, 1).index_select(0, highest - positions)
+        bias = position_bias(self.position_table, self.query_positions[first:last].long(), num_keys)
         buckets = self._tile_buckets(first, last, num_keys, blocks)
         return bias.add_(self.time_table.float().index_select(0, buckets).view_as(bias))
 
@@ -89,6 +89,24 @@ class PagedBias:
             buckets = bucket_by_edges((self.query_times[first:last, None] - key_times).abs_(), self.bucket_edges)
             self.buckets[key] = buckets = buckets.flatten()
         return buckets
+
+
+def position_bias(position_table: Tensor, positions: Tensor, num_keys: int) -> Tensor:
+    """Part of a relative bias that positions make; waits for a GPU.
+
+    Args:
+        position_table: Float [2 * max_positions - 1].
+        positions: INT64 [q], of queries; at least one. A key's position is its index.
+        num_keys: At least 1.
+
+    Returns:
+        FP32 [q, num_keys], the caller's to change.
+    """
+    highest, limit = int(positions.max()), position_table.shape[0] // 2
+    # Along a row the distance falls by one a key, so that every row is a window of one line.
+    steps = torch.arange(highest - int(positions.min()) + num_keys, device=position_table.device)
+    line = position_table.float()[(highest - steps).clamp_(-limit, limit) + limit]
+    return line.unfold(0, num_keys, 1).index_select(0, highest - positions)
 
 
 def time_bucket_edges(
@@ -117,14 +135,20 @@ def time_bucket_edges(
         below = torch.where(inside, below, middle)
     edges = reached[reached <= MAX_SECONDS]
     for seconds in (edges - 1, edges):
-        guess = (seconds.double().log2() * (math.log(2) / LOG_STEP) - GUESS_MARGIN).long().clamp(max=len(edges))
-        short = time_bucket(seconds) - guess
+        by_logarithm = (seconds.double().log2() * (math.log(2) / LOG_STEP) - GUESS_MARGIN).long().clamp(max=len(edges))
+        short = time_bucket(seconds) - torch.stack([by_logarithm, guess_of(seconds).clamp(max=len(edges))])
         if bool(((short != 0) & (short != 1)).any()):
             raise ConfigurationError(
                 f"the time buckets of the relative bias are not logarithms in steps of {LOG_STEP}; "
                 "set LOG_STEP in mtgr.kernels.bias to the step they have."
             )
     return torch.cat([edges, edges.new_tensor([MAX_SECONDS + 1])]).to(device=device, dtype=torch.int32)
+
+
+def guess_of(seconds: Tensor) -> Tensor:
+    """INT64 buckets as the kernels guess them, of INT time differences from 0 to the largest INT32."""
+    octaves = seconds.clamp(min=1).to(torch.float32).view(torch.int32).long() - ONE_BITS
+    return (octaves * GUESS_FACTOR) >> (FRACTION_BITS + 9)
 
 
 def bucket_by_edges(seconds: Tensor, edges: Tensor) -> Tensor:

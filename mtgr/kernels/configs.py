@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+from mtgr.kernels import dense_configs
 
 # A step's number of tokens falls into the first class that holds it. The host knows the number, so that the choice, and
 # with it a captured graph, depends on shapes alone.
@@ -26,6 +29,8 @@ class LaunchConfig:
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline.
         splits: Programs that share out the keys of the same queries.
+        variant: ``pointers``: plain loads. ``specialised``: whole tiles by warps of their own, on Hopper alone.
+        in_turn: Whether the warps of a specialised program multiply in turn.
     """
 
     block_m: int
@@ -33,6 +38,8 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     splits: int = 1
+    variant: Literal["pointers", "specialised"] = "pointers"
+    in_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,20 @@ def candidate_tiles(key: LaunchKey) -> list[LaunchConfig]:
     else:
         tiles = many
     return [LaunchConfig(*tile) for tile in dict.fromkeys(tiles)]
+
+
+def specialised_tiles(key: LaunchKey) -> list[LaunchConfig]:
+    """Tiles of the specialised variant worth measuring on Hopper, with one split; none where it is not built."""
+    if key.head_size not in dense_configs.SPECIALISED_SIZES or key.dtype.itemsize != 2 or key.has_bias:
+        return []
+    if key.token_class < 256 or key.block_size not in (16, 32, 64, 128):
+        return []
+    tiles = {
+        64: [(128, 128, 4, 4), (192, 64, 4, 4)],
+        128: [(128, 128, 4, 2), (128, 64, 4, 4)],
+        256: [(128, 64, 4, 2)],
+    }[key.head_size]
+    return [LaunchConfig(*tile, variant="specialised", in_turn=in_turn) for tile in tiles for in_turn in (False, True)]
 
 
 def _exact_tiles(head_size: int) -> tuple[list[_Tile], list[_Tile]]:

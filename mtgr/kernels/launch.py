@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -29,3 +31,10 @@ class Launch:
     def compile(self) -> Any:
         """What ``run`` would launch, compiled now unless it was before."""
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator can copy tiles: rows and heads begin at multiples of 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1]) for x in tensors
+    )

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtgr.kernels.dispatch import use_triton
+from mtgr.kernels.linear import QuantisedRows, empty_rows, quantise_rows
 
 
-def group_norm(x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+def group_norm(
+    x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float, shift: Tensor | None = None
+) -> Tensor:
     """Normalise each row, with the gain and bias of its type.
 
     Statistics are taken in FP32. On a GPU gain and bias are applied in FP32 too and the result is rounded once; on the
@@ -24,13 +27,15 @@ def group_norm(x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: fl
         gain: Float [number of types, d], rows contiguous.
         bias: Float [number of types, d], likewise.
         epsilon: Added to the variance.
+        shift: FP32 [d], contiguous, what is normalised being x + shift; None for nothing.
 
     Returns:
         [T, d] in the precision of ``gain``.
     """
     if use_triton(x):
-        return _fused(x, types, gain, bias, epsilon, None)
-    normal = F.layer_norm(x.float(), (x.shape[-1],), eps=epsilon)
+        return _fused(x, types, gain, bias, epsilon, None, shift)
+    wide = x.float() if shift is None else x.float() + shift
+    normal = F.layer_norm(wide, (x.shape[-1],), eps=epsilon)
     return normal.to(gain.dtype) * F.embedding(types, gain) + F.embedding(types, bias)
 
 
@@ -40,14 +45,48 @@ def gated_group_norm(x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsil
     Other arguments and the result are as in ``group_norm``.
     """
     if use_triton(x):
-        return _fused(x, types, gain, bias, epsilon, gate)
+        return _fused(x, types, gain, bias, epsilon, gate, None)
     return group_norm(x, types, gain, bias, epsilon) * gate
 
 
-def _fused(x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float, gate: Tensor | None) -> Tensor:
+def fp8_group_norm(
+    x: Tensor,
+    types: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    gate: Tensor | None = None,
+    *,
+    by_row: bool = False,
+) -> QuantisedRows:
+    """``group_norm``, or ``gated_group_norm`` with a gate, rounded to FP8 for ``mtgr.kernels.linear.fp8_linear``.
+
+    On a GPU the result is rounded once, on the CPU first to the precision of ``gain``. ``by_row`` gives each row one
+    scale, as ``QuantisedWeight.by_row`` wants it.
+    """
+    if not use_triton(x):
+        normal = group_norm(x, types, gain, bias, epsilon)
+        return quantise_rows(normal if gate is None else normal * gate, by_row=by_row)
+    from mtgr.kernels.triton_norm import group_norm_launch
+
+    made = empty_rows(x.shape[0], x.shape[1], x.device, by_row=by_row)
+    if x.shape[0]:
+        group_norm_launch(x, types, gain, bias, epsilon, gate, made.data, scales=made.scales, by_row=by_row).run()
+    return made
+
+
+def _fused(
+    x: Tensor,
+    types: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    gate: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
     from mtgr.kernels.triton_norm import group_norm_launch
 
     out = torch.empty(x.shape, dtype=gain.dtype, device=x.device)
     if x.shape[0]:
-        group_norm_launch(x, types, gain, bias, epsilon, gate, out).run()
+        group_norm_launch(x, types, gain, bias, epsilon, gate, out, shift).run()
     return out

@@ -7,6 +7,7 @@ shared out over many programs and summed by a second kernel, always in the same 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mtgr.errors import ConfigurationError
-from mtgr.kernels.bias import GUESS_MARGIN, LOG_STEP, MAX_SECONDS, PagedBias
+from mtgr.kernels.bias import PagedBias
 from mtgr.kernels.configs import LaunchConfig
-from mtgr.kernels.launch import Launch
+from mtgr.kernels.launch import Launch, is_aligned
+from mtgr.kernels.triton_bias import own_bias, relative_bias
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _INT32_MAX = tl.constexpr(2**31 - 1)
-_MAX_SECONDS = tl.constexpr(MAX_SECONDS)
-_BUCKETS_PER_OCTAVE = tl.constexpr(0.6931471805599453 / LOG_STEP)
-_GUESS_MARGIN = tl.constexpr(GUESS_MARGIN)
 
 _REDUCE_ELEMENTS = 2048
 
@@ -32,20 +31,6 @@ _REDUCE_ELEMENTS = 2048
 def _silu(x):
     """SiLU of fp32 logits with one exponential and one division; x = -inf .. inf without NaN for finite x."""
     return x / (1.0 + tl.exp2(x * -_LOG2_E))
-
-
-@triton.jit
-def _relative_bias(
-    query_positions, query_times, keys, key_times, position_table, time_table, bucket_edges, limit, last_edge
-):
-    """Bias of a tile, FP32 [block_m, block_n]: three gathers from tables that fit the L1 cache."""
-    distance = tl.minimum(tl.maximum(query_positions[:, None] - keys[None, :], -limit), limit) + limit
-    seconds = tl.minimum(tl.abs(query_times[:, None] - key_times[None, :]), _MAX_SECONDS)
-    # The guess is the bucket or the one before it, whatever the rounding; the integer edge decides.
-    octaves = tl.log2(tl.maximum(seconds, 1).to(tl.float32))
-    guess = tl.minimum((octaves * _BUCKETS_PER_OCTAVE - _GUESS_MARGIN).to(tl.int32), last_edge)
-    bucket = guess + (seconds >= tl.load(bucket_edges + guess)).to(tl.int32)
-    return tl.load(position_table + distance).to(tl.float32) + tl.load(time_table + bucket).to(tl.float32)
 
 
 @triton.jit
@@ -118,9 +103,10 @@ def _attend_keys(
         if has_bias:
             times = key_times + block * stride_time_block + slots * stride_time_slot
             times = tl.load(times, mask=keys < num_keys, other=0) if masked else tl.load(times)
-            logits += _relative_bias(
-                query_positions, query_times, keys, times, position_table, time_table, bucket_edges, limit, last_edge
-            )
+            logits += relative_bias(
+                query_positions, query_times, keys, times, position_table, time_table, bucket_edges, limit, last_edge,
+                True,
+            )  # fmt: skip
         weights = _silu(logits)
         if masked:
             weights = tl.where(keys[None, :] < visible[:, None], weights, 0.0)
@@ -242,7 +228,7 @@ def attention_kernel(
         )
         logits = tl.sum(q_tile.to(tl.float32) * k_self.to(tl.float32), axis=1) * scale
         if has_bias:
-            logits += tl.load(position_table + limit).to(tl.float32) + tl.load(time_table).to(tl.float32)
+            logits += own_bias(position_table, time_table, limit)
         attended = _silu(logits)[:, None] * v_self.to(tl.float32)
 
     # Whole tiles go to the splits in runs; those that all queries see come first and need no mask.
@@ -390,6 +376,9 @@ def attention_launches(
             f"paged attention: the cache is {tuple(cache.shape)}; it must be [blocks, {num_heads}, a power of two, "
             f"{2 * head_size}]."
         )
+    slot = cache.stride(2)
+    if not is_aligned(q, k, v, cache) or cache.stride(0) % slot or cache.stride(1) % slot:
+        config = replace(config, variant="pointers")
     num_requests = query_start.shape[0] - 1
     splits = config.splits
     padded_size = triton.next_power_of_2(head_size)
@@ -397,6 +386,25 @@ def attention_launches(
     if splits > 1:
         target = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         stride_split, factor = target.stride(0), 1.0
+    if config.variant == "specialised":
+        from mtgr.kernels.gluon_paged import specialised_paged_launch
+
+        attend = specialised_paged_launch(
+            q,
+            k,
+            v,
+            cache,
+            block_table,
+            query_start,
+            visible,
+            is_candidate,
+            target,
+            scale=scale,
+            out_factor=factor,
+            stride_split=stride_split,
+            config=config,
+        )
+        return [attend] if splits == 1 else [attend, _sum_launch(target, query_start, out, norm_length)]
     tables: tuple[Any, ...] = (None,) * 6
     sizes = (0, 0)
     time_strides = (0, 1)
@@ -460,23 +468,29 @@ def attention_launches(
     )
     if splits == 1:
         return [attend]
+    return [attend, _sum_launch(target, query_start, out, norm_length)]
+
+
+def _sum_launch(partial: Tensor, query_start: Tensor, out: Tensor, norm_length: int) -> Launch:
+    """The launch that makes the output of FP32 sums by split, [splits, T, H, D]."""
+    splits, num_tokens, num_heads, head_size = partial.shape
+    padded_size = triton.next_power_of_2(head_size)
     rows = max(1, _REDUCE_ELEMENTS // padded_size)
-    reduce = Launch(
+    return Launch(
         kernel=sum_splits_kernel,
         grid=(triton.cdiv(num_tokens, rows), num_heads),
         arguments=(
-            target,
+            partial,
             query_start,
             out,
             1.0 / norm_length,
-            num_requests,
+            query_start.shape[0] - 1,
             splits,
-            target.stride(1),
-            target.stride(2),
-            stride_split,
+            partial.stride(1),
+            partial.stride(2),
+            partial.stride(0),
             out.stride(0),
             out.stride(1),
         ),
         options={"head_size": head_size, "padded_size": padded_size, "block_m": rows, "num_warps": 4},
     )
-    return [attend, reduce]

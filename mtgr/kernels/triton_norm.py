@@ -7,8 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtgr.kernels.dense_fp8 import LARGEST
 from mtgr.kernels.launch import Launch
+from mtgr.kernels.linear import BLOCK
+from mtgr.kernels.triton_fp8 import to_e4m3
 
+_BLOCK = tl.constexpr(BLOCK)
+_LARGEST = tl.constexpr(LARGEST)
 _ELEMENTS_PER_WARP = 512
 
 
@@ -20,6 +25,8 @@ def group_norm_kernel(
     bias,
     gate,
     out,
+    shift,
+    scales,
     epsilon,
     stride_types,
     stride_x,
@@ -27,15 +34,25 @@ def group_norm_kernel(
     stride_bias,
     stride_gate,
     stride_out,
+    stride_scales,
     width: tl.constexpr,
     padded_width: tl.constexpr,
     is_gated: tl.constexpr,
+    is_shifted: tl.constexpr,
+    is_fp8: tl.constexpr,
+    by_row: tl.constexpr,
+    interpreted: tl.constexpr,
 ):
-    """Normalise a row around its own mean, apply the gain and bias of its type and the gate, round once."""
+    """Normalise a row around its own mean, apply the gain and bias of its type and the gate, round once.
+
+    In FP8 each block of numbers gets a scale, or the whole row one, and the row's last block is filled up with zeros.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, padded_width)
     inside = columns < width
     row = tl.load(x + token * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
+    if is_shifted:
+        row += tl.load(shift + columns, mask=inside, other=0.0)
     kind = tl.load(types + token * stride_types).to(tl.int64)
     mean = tl.sum(row, axis=0) / width
     centred = tl.where(inside, row - mean, 0.0)
@@ -45,15 +62,43 @@ def group_norm_kernel(
     result += tl.load(bias + kind * stride_bias + columns, mask=inside, other=0.0).to(tl.float32)
     if is_gated:
         result *= tl.load(gate + token * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * stride_out + columns, result.to(out.dtype.element_ty), mask=inside)
+    if is_fp8:
+        result = tl.reshape(tl.where(inside, result, 0.0), [padded_width // _BLOCK, _BLOCK])
+        scale = tl.maximum(tl.max(tl.abs(result), axis=1), 1e-12) / _LARGEST
+        blocks = tl.arange(0, padded_width // _BLOCK)
+        present = blocks * _BLOCK < width
+        if by_row:
+            largest = tl.max(scale, axis=0)
+            scale = tl.zeros_like(scale) + largest
+            tl.store(scales + token * stride_scales, largest)
+        else:
+            tl.store(scales + token * stride_scales + blocks, scale, mask=present)
+        place = blocks[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+        tl.store(out + token * stride_out + place, to_e4m3(result / scale[:, None], interpreted), mask=present[:, None])
+    else:
+        tl.store(out + token * stride_out + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
 def group_norm_launch(
-    x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float, gate: Tensor | None, out: Tensor
+    x: Tensor,
+    types: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    gate: Tensor | None,
+    out: Tensor,
+    shift: Tensor | None = None,
+    scales: Tensor | None = None,
+    by_row: bool = False,
 ) -> Launch:
-    """The launch that makes ``out``, [T, d], of ``mtgr.kernels.norm.group_norm``, times ``gate`` if there is one."""
+    """The launch that makes ``out``, [T, d], of ``mtgr.kernels.norm.group_norm``, times ``gate`` if there is one.
+
+    With ``scales`` it is that of ``fp8_group_norm``.
+    """
     num_tokens, width = x.shape
     padded_width = triton.next_power_of_2(width)
+    if scales is not None:
+        padded_width = max(padded_width, BLOCK)
     return Launch(
         kernel=group_norm_kernel,
         grid=(num_tokens,),
@@ -64,6 +109,8 @@ def group_norm_launch(
             bias,
             gate,
             out,
+            shift,
+            scales,
             epsilon,
             types.stride(0),
             x.stride(0),
@@ -71,11 +118,16 @@ def group_norm_launch(
             bias.stride(0),
             0 if gate is None else gate.stride(0),
             out.stride(0),
+            0 if scales is None else scales.stride(0),
         ),
         options={
             "width": width,
             "padded_width": padded_width,
             "is_gated": gate is not None,
+            "is_shifted": shift is not None,
+            "is_fp8": scales is not None,
+            "by_row": by_row,
+            "interpreted": triton.knobs.runtime.interpret,
             "num_warps": min(16, max(1, padded_width // _ELEMENTS_PER_WARP)),
         },
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +21,16 @@ from mtgr.kernels.configs import (
     candidate_tiles,
     choose,
     remember,
+    specialised_tiles,
     token_class,
 )
+from mtgr.kernels.dispatch import capability_of
 from mtgr.kernels.launch import Launch
+from mtgr.kernels.timing import graph_milliseconds
 
 _CANDIDATES = 256
 _REALTIME = 100
 _BUCKETS = 64
-_REPEATS = 5
 
 # More programs than this wait for each other anyway, and splitting costs a pass over partial sums.
 _MAX_PROGRAMS = 2048
@@ -82,14 +86,14 @@ def warm_up(
         for bound in TOKEN_CLASSES[: TOKEN_CLASSES.index(token_class(max_tokens)) + 1]:
             key = LaunchKey(num_heads, head_size, dtype, block_size, has_bias, bound)
             step = _step(key, max_keys, device, out_dtype, table_dtype or dtype, candidate_dtype)
-            plans.append((key, step, _configs(key) if measure else [choose(key)]))
+            plans.append((key, step, _configs(key, device) if measure else [choose(key)]))
         with parallel_compilation():
             for _, step, configs in plans:
                 for config in configs:
                     for launch in step(config):
                         launch.compile()
         for key, step, configs in plans:
-            times = {config: _milliseconds(step, config) for config in configs}
+            times = {config: graph_milliseconds(partial(_run, step, config)) for config in configs}
             best = min(times, key=times.__getitem__)
             if times[best] == float("inf"):
                 raise ConfigurationError(
@@ -102,11 +106,12 @@ def warm_up(
     return chosen
 
 
-def _configs(key: LaunchKey) -> list[LaunchConfig]:
+def _configs(key: LaunchKey, device: torch.device) -> list[LaunchConfig]:
     """Tiles with every number of splits that leaves a sensible number of programs."""
+    is_hopper = capability_of(device) == 90
     return [
-        LaunchConfig(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, splits)
-        for tile in candidate_tiles(key)
+        replace(tile, splits=splits)
+        for tile in [*candidate_tiles(key), *(specialised_tiles(key) if is_hopper else [])]
         for splits in SPLITS
         if splits == 1 or -(-key.token_class // tile.block_m) * key.num_heads * splits <= _MAX_PROGRAMS
     ]
@@ -166,27 +171,6 @@ def _step(
     return launches
 
 
-def _milliseconds(step: Callable[[LaunchConfig], list[Launch]], config: LaunchConfig) -> float:
-    """Time of a step on the GPU, without what launching costs the host; infinite if the GPU cannot run it."""
-    from triton.runtime.errors import OutOfResources
-
-    def run() -> None:
-        for launch in step(config):
-            launch.run()
-
-    try:
-        run()
-    except OutOfResources:
-        return float("inf")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_REPEATS):
-            run()
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graph.replay()
-    start.record()
-    graph.replay()
-    stop.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(stop)) / _REPEATS
+def _run(step: Callable[[LaunchConfig], list[Launch]], config: LaunchConfig) -> None:
+    for launch in step(config):
+        launch.run()

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton comes with vLLM, or with PyTorch for CUDA; install either.")
+from tests.interpreted import NO_TRITON
+
+pytest.importorskip("triton", reason=NO_TRITON)
 
 from triton.runtime.jit import JITFunction
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mtgr.kernels.dispatch import use_triton
-from mtgr.kernels.norm import gated_group_norm, group_norm
+from mtgr.kernels.linear import dequantise_rows
+from mtgr.kernels.norm import fp8_group_norm, gated_group_norm, group_norm
 from mtgr.model.norm import GroupLayerNorm
 from mtgr.schema import TokenType
 
@@ -94,3 +95,29 @@ def test_pytorch_serves_the_module_to_the_bit() -> None:
 def test_no_tokens() -> None:
     case = Case(64, torch.float32, torch.float32)
     assert group_norm(case.x[:0], case.types[:0], case.gain, case.bias, EPSILON).shape == (0, 64)
+
+
+@pytest.mark.parametrize("width", [32, 768])
+def test_what_is_normalised_may_be_shifted(width: int) -> None:
+    case = Case(width, torch.float32, torch.float32)
+    shift = torch.randn(width)
+    shifted = group_norm(*case.arguments(), shift)
+    case.x = case.x + shift
+    torch.testing.assert_close(shifted, group_norm(*case.arguments()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [24, 160, 768])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_fp8(width: int, is_gated: bool) -> None:
+    """Within a step of e4m3 of the exact result: numbers of four digits, the smallest steps 2^-9 of a block's scale."""
+    case = Case(width, torch.float32, torch.float32)
+    expected = case.expected() * (case.gate.numpy() if is_gated else 1.0)
+    made = fp8_group_norm(*case.arguments(), case.gate if is_gated else None)
+    assert made.data.shape == (TOKENS, -(-width // 128) * 128)
+    found = dequantise_rows(made).numpy()
+    assert (found[:, width:] == 0).all()
+    scales = made.scales.repeat_interleave(128, dim=1)[:, :width].numpy()
+    error = np.abs(found[:, :width] - expected)
+    assert (error <= np.maximum(np.abs(expected) / 16, scales / 1024) * 1.001 + 1e-4).all()
+    blocks = np.abs(np.pad(expected, ((0, 0), (0, -width % 128)))).reshape(TOKENS, -1, 128).max(axis=2)
+    np.testing.assert_allclose(made.scales.numpy(), blocks / 448, rtol=1e-3)

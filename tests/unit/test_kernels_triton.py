@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +11,33 @@ import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton", reason="Triton comes with vLLM, or with PyTorch for CUDA; install either.")
+from tests.interpreted import NO_TRITON, run_interpreted
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+pytest.importorskip("triton", reason=NO_TRITON)
 
-from mtgr.kernels.bias import PagedBias  # noqa: E402
-from mtgr.kernels.compilation import parallel_compilation  # noqa: E402
-from mtgr.kernels.configs import TOKEN_CLASSES, LaunchConfig, LaunchKey, candidate_tiles  # noqa: E402
-from mtgr.kernels.launch import Launch  # noqa: E402
-from mtgr.kernels.triton_attention import attention_launches  # noqa: E402
-from mtgr.kernels.triton_norm import group_norm_launch  # noqa: E402
-from mtgr.kernels.triton_store import store_keys_values_launch, store_times_launch  # noqa: E402
-from mtgr.kernels.tuning import _step  # noqa: E402
+from mtgr.kernels.bias import PagedBias
+from mtgr.kernels.compilation import parallel_compilation
+from mtgr.kernels.configs import TOKEN_CLASSES, LaunchConfig, LaunchKey, candidate_tiles, specialised_tiles
+from mtgr.kernels.launch import Launch
+from mtgr.kernels.triton_attention import attention_launches
+from mtgr.kernels.triton_norm import group_norm_launch
+from mtgr.kernels.triton_store import store_keys_values_launch, store_times_launch
+from mtgr.kernels.tuning import _step
+from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, stack
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INTERPRETED = ("test_kernels_attention.py", "test_kernels_store.py", "test_kernels_norm.py")
-
-# Bytes a thread may keep outside its registers: a few values at the loops' edges, not an operand.
-MAX_STACK = 256
 
 
 def test_interpreter() -> None:
-    """The tests of the kernels' results, with the kernels in place of PyTorch; Triton asks for the flag at import."""
-    paths = [str(Path(__file__).with_name(name)) for name in INTERPRETED]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore::DeprecationWarning", *paths],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
-    assert "skipped" not in done.stdout
-
-
-class OfflineDriver:
-    """Answers what Triton asks before it compiles; nothing can be launched."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    """The tests of the kernels' results, with the kernels in place of PyTorch."""
+    assert run_interpreted(*(Path(__file__).with_name(name) for name in INTERPRETED))
 
 
 @pytest.fixture(params=[90, 80], ids=["sm_90", "sm_80"])
 def capability(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> int:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
-    monkeypatch.setattr(triton.runtime.driver, "_active", OfflineDriver(request.param))
+    compile_for(request.param, monkeypatch, tmp_path_factory.getbasetemp() / "triton")
     return int(request.param)
 
 
@@ -126,19 +92,6 @@ def step(
     )
 
 
-def stack(kernel: Any) -> int:
-    """Bytes a thread keeps outside its registers."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        report = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"STACK:(\d+)", report)
-    assert found is not None, report
-    return int(found[1])
-
-
 def few_and_many(head_size: int, dtype: torch.dtype, has_bias: bool) -> list[LaunchConfig]:
     """The first choice for few tokens and for many."""
     keys = (LaunchKey(2, head_size, dtype, 16, has_bias, bound) for bound in (TOKEN_CLASSES[0], TOKEN_CLASSES[-1]))
@@ -171,7 +124,7 @@ def test_attention_compiles(capability: int) -> None:
                     compiled[name] = (dtype, config, launches[0].compile())
     assert len(compiled) == 2 * len(CASES) + 3
     for name, (dtype, config, future) in compiled.items():
-        kernel = future.result() if hasattr(future, "result") else future
+        kernel = finished(future)
         assembly = kernel.asm["ptx"]
         assert stack(kernel) <= MAX_STACK, name
         if dtype == torch.float32:
@@ -184,6 +137,36 @@ def test_attention_compiles(capability: int) -> None:
         # Keys and values come in wide pieces: a pointer of unknown alignment would make them two bytes each.
         wide_load = r"cp\.async\.cg[^;]*, 0x10" if config.num_stages > 1 else r"ld\.global[^;]*\.v4\.b32"
         assert re.search(wide_load, assembly), name
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_specialised_attention_compiles(
+    block_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Every tile for Hopper, with keys split up and not; no sequence of steps needs another kernel."""
+    compile_for(90, monkeypatch, tmp_path_factory.getbasetemp() / "triton")
+    size = 128 if block_size == 16 else 64
+    key = LaunchKey(2, size, torch.bfloat16, block_size, False, 4096)
+    compiled = {}
+    with parallel_compilation():
+        for config in specialised_tiles(key):
+            for splits in (1, 4):
+                launch = step(
+                    torch.bfloat16,
+                    dataclasses.replace(config, splits=splits),
+                    head_size=size,
+                    block_size=block_size,
+                    num_tokens=300 + splits,
+                    num_requests=splits,
+                )[0]
+                compiled[f"{config} {splits}"] = launch.compile()
+    assert len(compiled) >= 4
+    for name, future in compiled.items():
+        kernel = finished(future)
+        assert stack(kernel) <= MAX_STACK, name
+        assert kernel.metadata.shared <= SHARED[90], name
+        assert "wgmma.mma_async" in kernel.asm["ptx"], name
+        assert "cp.async.bulk.tensor" in kernel.asm["ptx"], name
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -229,8 +212,11 @@ def test_stores_and_norms_compile(dtype: torch.dtype) -> None:
             x = torch.empty(5, width, dtype=x_dtype)
             launches.append(group_norm_launch(x, types, gain, gain, 1e-6, None, torch.empty_like(gain)))
             launches.append(group_norm_launch(x, types, gain, gain, 1e-6, gate, torch.empty_like(gain)))
+            launches.append(
+                group_norm_launch(x, types, gain, gain, 1e-6, None, torch.empty_like(gain), gain[0].float())
+            )
     with parallel_compilation():
         compiled = [launch.compile() for launch in launches]
     for launch, future in zip(launches, compiled, strict=True):
-        kernel = future.result() if hasattr(future, "result") else future
+        kernel = finished(future)
         assert stack(kernel) == 0, launch.options

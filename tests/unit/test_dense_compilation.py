@@ -1,0 +1,182 @@
+"""The dense kernels without a GPU: run by Triton's interpreter, and compiled for Ampere, Hopper and Blackwell."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.interpreted import NO_TRITON, run_interpreted
+
+pytest.importorskip("triton", reason=NO_TRITON)
+
+import triton
+
+from mtgr.kernels.compilation import parallel_compilation
+from mtgr.kernels.dense_attention import launch_of
+from mtgr.kernels.dense_configs import DenseConfig, DenseKey, candidates
+from mtgr.kernels.dense_fp8 import QuantisedHeads, aligned_segments
+from mtgr.kernels.dense_segments import padded_segments
+from mtgr.kernels.launch import Launch
+from mtgr.kernels.linear import BLOCK, QuantisedRows, QuantisedWeight
+from mtgr.kernels.triton_fp8 import quantise_launch
+from mtgr.kernels.triton_linear import fp8_linear_launch, linear_launch, quantise_rows_launch, tiles
+from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, stack
+
+INTERPRETED = ("test_dense_attention.py", "test_dense_linear.py")
+FP8 = torch.float8_e4m3fn
+
+
+def test_interpreter() -> None:
+    """The tests of the kernels' results, with the kernels in place of PyTorch."""
+    assert run_interpreted(*(Path(__file__).with_name(name) for name in INTERPRETED))
+
+
+@pytest.fixture(params=[80, 90, 100], ids=["sm_80", "sm_90", "sm_100"])
+def capability(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> int:
+    compile_for(request.param, monkeypatch, tmp_path_factory.getbasetemp() / "triton")
+    return int(request.param)
+
+
+def heads(
+    head_size: int, dtype: torch.dtype, batch: int = 2, context: int = 300, candidate: int = 100
+) -> tuple[Any, ...]:
+    """q, k and v as columns of one projection, an output, and where the tokens stand; nothing is in them."""
+    tokens = batch * (context + candidate)
+    merged = torch.empty(tokens, 8 * head_size, dtype=dtype)
+    _, v, q, k = (part.unflatten(-1, (2, head_size)) for part in merged.split(2 * head_size, dim=-1))
+    segments = padded_segments(torch.zeros(batch, context + candidate, dtype=torch.int32), context)
+    return q, k, v, torch.empty(tokens, 2, head_size, dtype=dtype), segments
+
+
+def empty_fp8(q: Any, segments: Any) -> QuantisedHeads:
+    aligned, rows = aligned_segments(segments)
+    _, count, size = q.shape
+    return QuantisedHeads(
+        torch.empty(rows, count, size, dtype=FP8),
+        torch.empty(rows, count, size, dtype=FP8),
+        torch.empty(count * size, rows, dtype=FP8),
+        torch.empty(3, count, rows // 128),
+        aligned,
+    )
+
+
+def attention(head_size: int, operands: torch.dtype, config: DenseConfig, **sizes: int) -> Launch:
+    arguments = heads(head_size, torch.bfloat16 if operands == FP8 else operands, **sizes)
+    quantised = empty_fp8(arguments[0], arguments[-1]) if operands == FP8 else None
+    return launch_of(*arguments, scale=0.1, norm_length=7, quantised=quantised, config=config)
+
+
+def products(capability: int, block_m: int) -> str:
+    """The instruction by which a GPU's tensor cores are fed."""
+    if block_m < 64 or capability == 80:
+        return "mma.sync"
+    return {90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+
+
+# Every precision, sizes from small to large and one that is no power of two; of one case every configuration.
+FIRST_CHOICES = [
+    (torch.bfloat16, 64),
+    (torch.bfloat16, 256),
+    (torch.float16, 48),
+    (torch.float32, 64),
+    (FP8, 128),
+    (FP8, 256),
+]
+EVERY_CHOICE = (torch.bfloat16, 128)
+
+
+def test_attention_compiles(capability: int) -> None:
+    """Whatever may be chosen for a long context; on Ampere, which has no e4m3, all but FP8."""
+    compiled: dict[str, Any] = {}
+    with parallel_compilation():
+        for operands, head_size in [*FIRST_CHOICES, EVERY_CHOICE]:
+            if operands == FP8 and capability < 90:
+                continue
+            choices = candidates(DenseKey(head_size, operands, capability, 4096))
+            for config in choices if (operands, head_size) == EVERY_CHOICE else choices[:1]:
+                launch = attention(head_size, operands, config)
+                compiled[f"{operands} {head_size} {config}"] = (operands, config, launch.compile())
+    assert len(compiled) >= (7 if capability == 80 else 10)
+    for name, (operands, config, future) in compiled.items():
+        kernel = finished(future)
+        assembly = kernel.asm["ptx"]
+        assert stack(kernel) <= MAX_STACK, name
+        assert kernel.metadata.shared <= SHARED[capability], name
+        if operands == torch.float32:
+            assert "tf32" not in assembly, name
+            assert "fma.rn" in assembly, name
+            assert "tanh.approx" not in assembly, name
+            continue
+        assert products(capability, config.block_m) in assembly, name
+        assert "tanh.approx.f32" in assembly, name
+        if config.variant != "pointers":
+            assert "cp.async.bulk.tensor" in assembly, name
+        else:
+            assert re.search(r"cp\.async\.cg[^;]*, 0x10", assembly), name
+        if operands == FP8:
+            assert "e4m3" in assembly, name
+
+
+def test_unaligned_rows_take_plain_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Copies of whole tiles need rows that begin at multiples of 16 bytes."""
+    compile_for(90, monkeypatch, tmp_path)
+    q, k, v, out, segments = heads(64, torch.bfloat16)
+    wide = torch.empty(len(k), 2, 65, dtype=torch.bfloat16)
+    config = DenseConfig("specialised", 128, 128, 4, 4)
+    aligned = launch_of(q, k, v, out, segments, scale=0.1, norm_length=7, config=config)
+    assert aligned.kernel.__name__ == "specialised_attention_kernel"
+    launch = launch_of(q, wide[..., :64], v, out, segments, scale=0.1, norm_length=7, config=config)
+    assert launch.options["use_descriptors"] is False
+
+
+def test_other_lengths_need_no_other_kernel(capability: int) -> None:
+    """What is compiled at the start serves every batch of a class: no length and no batch is compiled in."""
+    dtype = torch.bfloat16
+    config = candidates(DenseKey(64, dtype, capability, 1024))[0]
+    first = finished(attention(64, dtype, config).compile())
+    for batch, context, candidate in ((1, 257, 1), (8, 512, 256), (3, 400, 0)):
+        again = finished(attention(64, dtype, config, batch=batch, context=context, candidate=candidate).compile())
+        assert again is first, (batch, context, candidate)
+
+
+def test_rounding_and_linear_layers_compile(capability: int) -> None:
+    compiled: dict[str, Any] = {}
+    with parallel_compilation():
+        for dtype in (torch.bfloat16, torch.float16):
+            for tokens in (16, 4096):
+                x, weight = torch.empty(tokens, 768, dtype=dtype), torch.empty(3072, 768, dtype=dtype)
+                bias, out = torch.empty(3072, dtype=dtype), torch.empty(tokens, 3072, dtype=dtype)
+                for tile in tiles(tokens, capability >= 90, False):
+                    launch = linear_launch(x, weight, bias, out, is_silu=True, tile=tile)
+                    compiled[f"linear {dtype} {tokens} {tile}"] = (tile[0], launch.compile())
+        if capability >= 90:
+            for tokens in (16, 4096):
+                rows = QuantisedRows(torch.empty(tokens, 768, dtype=FP8), torch.empty(tokens, 768 // BLOCK))
+                wide = QuantisedWeight(torch.empty(3072, 768, dtype=FP8), torch.empty(24, 6))
+                bias, out = torch.empty(3072).bfloat16(), torch.empty(tokens, 3072).bfloat16()
+                for tile in tiles(tokens, True, True):
+                    launch = fp8_linear_launch(rows, wide, bias, out, is_silu=True, tile=tile)
+                    compiled[f"fp8 {tokens} {tile}"] = (tile[0], launch.compile())
+            made = QuantisedRows(torch.empty(99, 768, dtype=FP8), torch.empty(99, 6))
+            compiled["rows"] = (0, quantise_rows_launch(torch.empty(99, 700).bfloat16(), made).compile())
+            q, k, v, _, segments = heads(128, torch.bfloat16)
+            compiled["heads"] = (0, quantise_launch(q, k, v, segments, empty_fp8(q, segments)).compile())
+    for name, (block_m, future) in compiled.items():
+        kernel = finished(future)
+        assert stack(kernel) <= MAX_STACK, name
+        assert kernel.metadata.shared <= SHARED[capability], name
+        if block_m:
+            assert products(capability, block_m) in kernel.asm["ptx"], name
+
+
+def test_e4m3_is_refused_before_hopper_and_ada(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU without e4m3 says so when it compiles, and computes nothing wrong."""
+    compile_for(80, monkeypatch, tmp_path)
+    with pytest.raises(triton.compiler.errors.CompilationError, match="fp8e4nv not supported"):
+        attention(64, FP8, DenseConfig("descriptors", 128, 64, 4, 2)).compile()
