@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
 from export.artifacts import export_artifacts
 from export.engines import EXPORTERS, Exporter, Job, installed_version
@@ -19,6 +20,7 @@ from export.report import Exported, table
 from export.vllm import parse_settings, vllm_settings
 from mtgr.bundle import STORE_FILE, bundle_directory, stage_bundle
 from mtgr.compat.options import parse_options
+from mtgr.engines.compiled_network import CompiledPrecision
 from mtgr.errors import ConfigurationError, MTGRError
 from mtgr.features.catalog import CATALOG_FILE
 from mtgr.loading import DEFAULT_CHECKPOINT, LoadedModel, load_model, save_converted
@@ -61,7 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--skip-vllm-check", action="store_true", help="do not start vLLM to compare what it answers with PyTorch"
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the onnx strategy's graphs")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of ONNX graphs and TensorRT plans; by default fp32 and fp16"
+    )
+    parser.add_argument(
+        "--compiled",
+        choices=get_args(CompiledPrecision),
+        metavar="PRECISION",
+        help="run mtgr_baseline on the compiled engine (own kernels, CUDA graphs) in fp32, fp16, bf16 or fp8",
+    )
     parser.add_argument(
         "--force", action="store_true", help="install a low precision also if it is not close enough to fp32"
     )
@@ -81,13 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
             options.model_repository,
             changes,
             not options.skip_vllm_check,
-            options.precision,
+            options.precision or "fp32",
             options.force,
+            options.compiled,
+            options.precision or "fp16",
         )
         # What is wrong is said before anything is made.
         if changes:
             vllm_settings(job.checkpoint, changes)
         engines = available(job, options.engine)
+        if job.compiled and EXPORTERS["baseline"] not in engines:
+            reason = EXPORTERS["baseline"].problem(job) or "It needs --engine baseline among the engines asked for."
+            raise ConfigurationError(f"--compiled is of no use here. {reason}")
         if changes and EXPORTERS["vllm"] not in engines:
             reason = EXPORTERS["vllm"].problem(job) or "It is not among the engines asked for; add --engine vllm."
             raise ConfigurationError(f"--vllm is of no use, as vllm is not exported. {reason}")
@@ -170,7 +185,14 @@ def export(job: Job, store: Path | None = None, strategies: Sequence[str] | None
         for exporter in chosen:
             print(f"exporting {', '.join(exporter.models_of(job))} ...", end="", flush=True)
             start = time.perf_counter()
-            first, *rest = exporter.stage(job, stack)
+            try:
+                first, *rest = _staged(exporter, job, stack)
+            except ConfigurationError as error:
+                if strategies is not None or not exporter.is_optional:
+                    raise
+                print(f" failed: {error}", flush=True)
+                others += _leave(exporter.strategy, job, stack, str(error))
+                continue
             for model in set(exporter.models) - set(exporter.models_of(job)):
                 if (job.model_repository / model).is_dir():  # of another checkpoint, which could do more
                     stack.enter_context(removed_model(model, job.model_repository))
@@ -181,10 +203,18 @@ def export(job: Job, store: Path | None = None, strategies: Sequence[str] | None
     print(f"\n{table([*lines, *others], job.model_repository)}")
 
 
-def _leave(name: str, job: Job, stack: ExitStack) -> Iterator[Exported]:
+def _staged(exporter: Exporter, job: Job, stack: ExitStack) -> list[Manifest]:
+    """Its models, staged on ``stack``; if one of them fails, none is."""
+    with ExitStack() as own:
+        manifests = exporter.stage(job, own)
+        stack.push(own.pop_all())
+    return manifests
+
+
+def _leave(name: str, job: Job, stack: ExitStack, reason: str = "") -> Iterator[Exported]:
     """What becomes of a strategy that is not exported: its models stay, or are removed when ``stack`` closes."""
     exporter = EXPORTERS[name]
-    reason = exporter.problem(job) or "not asked for"
+    reason = reason or exporter.problem(job) or "not asked for"
     found = dict(_found(exporter, job.model_repository))
     for model, manifest in found.items():
         if manifest.checkpoint == job.checkpoint.hash:

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from export.engines import EXPORTERS, Job
-from export.onnx import export_artifact, onnx_precision
+from export.onnx import export_artifact
+from export.onnx_graphs import onnx_precision
+from export.plans import build_plan, plan_opset
 from export.precision import PRECISIONS, Precision
 from export.report import Exported, parity
+from export.tensorrt_files import PLAN_FILE
+from export.tensorrt_host import tensorrt_problem
 from mtgr.compat.base import ForeignModel
 from mtgr.errors import ConfigurationError
-from mtgr.manifest import Manifest
+from mtgr.files import replaced_directory
 
 
 def export_artifacts(job: Job, directory: Path, precisions: Sequence[Precision] = PRECISIONS) -> Iterator[Exported]:
@@ -38,28 +42,27 @@ def export_artifacts(job: Job, directory: Path, precisions: Sequence[Precision] 
                 continue
             start = time.perf_counter()
             try:
-                manifest = export_artifact(job.checkpoint, model, folder, precision, force=job.force)
+                manifest = export_artifact(
+                    job.checkpoint, model, folder, precision, force=job.force, opset=plan_opset()
+                )
             except ConfigurationError as error:
                 yield Exported("artifact", f"refused ({error})", seconds=time.perf_counter() - start)
                 continue
             words = "; ".join(filter(None, ("written", parity(manifest))))
             yield Exported("artifact", words, manifest, time.perf_counter() - start, folder)
-            yield _plan(folder, directory / precision / model.replace("onnx", "tensorrt"), precision)
+            yield _plan(job, model, folder, directory / precision / model.replace("onnx", "tensorrt"))
 
 
-def _plan(graph: Path, folder: Path, precision: Precision) -> Exported:
-    """Build a plan of a graph, if TensorRT and a GPU are there."""
-    # Imported here, so that exports work without what TensorRT's builder needs.
-    try:
-        from export.tensorrt import build_tensorrt_engine, tensorrt_problem
-    except ImportError as error:
-        return Exported("tensorrt", f"skipped (TensorRT is not installed: {error})")
+def _plan(job: Job, model: str, graph: Path, folder: Path) -> Exported:
+    """Build and compare a plan of a graph, if TensorRT and a GPU are there."""
     problem = tensorrt_problem()
     if problem is not None:
-        return Exported("tensorrt", f"skipped ({folder.name} in {precision}: {problem})")
+        return Exported("tensorrt", f"skipped ({folder.name} in {graph.parent.name}: {problem})")
     start = time.perf_counter()
     try:
-        manifest: Manifest = build_tensorrt_engine(graph / "model.onnx", folder / "model.plan", precision)
+        with replaced_directory(folder) as staging:
+            manifest = build_plan(job.checkpoint, model, graph, staging / PLAN_FILE, force=job.force)
     except ConfigurationError as error:
         return Exported("tensorrt", f"failed ({error})", seconds=time.perf_counter() - start)
-    return Exported("tensorrt", "written", manifest, time.perf_counter() - start, folder)
+    words = "; ".join(filter(None, ("written", parity(manifest))))
+    return Exported("tensorrt", words, manifest, time.perf_counter() - start, folder)

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from export.baseline import export_baseline
-from export.onnx import OPSET, export_onnx, onnx_precision
+from export.compiled import compiled_problem
+from export.onnx import export_onnx
+from export.onnx_graphs import onnx_precision
+from export.plans import export_tensorrt
 from export.precision import Precision
+from export.tensorrt_host import gpu_variant, installed_tensorrt, tensorrt_problem
+from export.trace import OPSET
 from export.vllm import export_vllm, is_checked, vllm_problem, vllm_settings
 from mtgr.checkpoint import Checkpoint, operations
 from mtgr.compat.base import ForeignModel
+from mtgr.engines.compiled_network import CompiledPrecision
 from mtgr.manifest import Manifest
 from mtgr.routing.strategies import STRATEGIES
 from mtgr.vllm_plugin import versions as vllm_versions
@@ -32,6 +38,8 @@ class Job:
         check_vllm: Whether vLLM is started once to check what it answers.
         precision: Of the onnx strategy's graphs.
         force: Whether a low precision is installed also if it is not close enough to fp32.
+        compiled: Precision in which ``mtgr_baseline`` runs the compiled engine; None for the eager one.
+        plan_precision: Of the tensorrt strategy's plans.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +49,8 @@ class Job:
     check_vllm: bool = True
     precision: Precision = "fp32"
     force: bool = False
+    compiled: CompiledPrecision | None = None
+    plan_precision: Precision = "fp16"
 
 
 @dataclass(frozen=True)
@@ -52,12 +62,14 @@ class Exporter:
         stage: Makes and checks its models; they are installed when the stack closes.
         problem: Why this machine cannot export this checkpoint, a sentence; None if it can.
         is_current: Whether a model of this checkpoint, template and versions is also what the job asks for.
+        is_optional: Whether an export that asks for no strategy by name goes on without it where it fails.
     """
 
     strategy: str
     stage: Callable[[Job, ExitStack], list[Manifest]]
     problem: Callable[[Job], str | None] = lambda job: None
     is_current: Callable[[Job, Manifest], bool] = lambda job, manifest: True
+    is_optional: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -76,8 +88,17 @@ def _is_current_vllm(job: Job, manifest: Manifest) -> bool:
     return manifest.details.get("settings") == settings and (is_checked(manifest) or not job.check_vllm)
 
 
+def _is_current_baseline(job: Job, manifest: Manifest) -> bool:
+    is_compiled = manifest.details.get("engine") == "compiled"
+    return is_compiled == (job.compiled is not None) and manifest.precision == (job.compiled or "fp32")
+
+
 def _is_current_onnx(job: Job, manifest: Manifest) -> bool:
     return manifest.precision == onnx_precision(manifest.model, job.precision)
+
+
+def _baseline_problem(job: Job) -> str | None:
+    return None if job.compiled is None else compiled_problem(job.checkpoint, job.compiled)
 
 
 def _onnx_problem(job: Job) -> str | None:
@@ -90,6 +111,18 @@ def _onnx_problem(job: Job) -> str | None:
     return None
 
 
+def _is_current_tensorrt(job: Job, manifest: Manifest) -> bool:
+    precision = onnx_precision(manifest.model.replace("tensorrt", "onnx"), job.plan_precision)
+    return (manifest.precision, manifest.details.get("gpu_variant")) == (precision, gpu_variant())
+
+
+def _tensorrt_problem(job: Job) -> str | None:
+    if isinstance(job.checkpoint.model, ForeignModel) and job.plan_precision != "fp32":
+        return f"tensorrt: {job.checkpoint.model.config.network} networks are exported in fp32; add --precision fp32."
+    problem = tensorrt_problem()
+    return None if problem is None else f"tensorrt: {problem}"
+
+
 def _vllm_problem(job: Job) -> str | None:
     if isinstance(job.checkpoint.model, ForeignModel):
         return f"vllm: the plugin has no {job.checkpoint.model.config.network} network; export other engines."
@@ -99,7 +132,16 @@ def _vllm_problem(job: Job) -> str | None:
 EXPORTERS: dict[str, Exporter] = {
     exporter.strategy: exporter
     for exporter in (
-        Exporter("baseline", lambda job, stack: [export_baseline(job.checkpoint, job.directory, *_into(job, stack))]),
+        Exporter(
+            "baseline",
+            lambda job, stack: [
+                export_baseline(
+                    job.checkpoint, job.directory, *_into(job, stack), compiled=job.compiled, force=job.force
+                )
+            ],
+            _baseline_problem,
+            _is_current_baseline,
+        ),
         Exporter(
             "onnx",
             lambda job, stack: export_onnx(
@@ -107,6 +149,13 @@ EXPORTERS: dict[str, Exporter] = {
             ),
             _onnx_problem,
             _is_current_onnx,
+        ),
+        Exporter(
+            "tensorrt",
+            lambda job, stack: export_tensorrt(job.checkpoint, *_into(job, stack), job.plan_precision, job.force),
+            _tensorrt_problem,
+            _is_current_tensorrt,
+            is_optional=True,
         ),
         Exporter(
             "vllm",
@@ -124,6 +173,8 @@ def installed_version(name: str) -> str | None:
         return str(OPSET)
     if name == "vllm":
         return vllm_versions.installed_version()
+    if name == "tensorrt":  # its distribution has other names inside NVIDIA's image
+        return installed_tensorrt()
     if name == "torch":  # its distribution leaves out what follows the plus sign
         import torch
 

@@ -62,7 +62,19 @@ def _cells(line: Exported, model_repository: Path) -> tuple[str, ...]:
             _size(line.directory or model_repository / manifest.model),
             _error(manifest),
         )
-    return (line.strategy, *described, "-" if line.seconds is None else f"{line.seconds:.1f}", line.state)
+    return (
+        line.strategy,
+        *described,
+        "-" if line.seconds is None else f"{line.seconds:.1f}",
+        line.state + _way(manifest),
+    )
+
+
+def _way(manifest: Manifest | None) -> str:
+    """In which way a plan was built, if not in the first."""
+    if manifest is None or not manifest.details.get("left"):
+        return ""
+    return f" (built with {manifest.details['way']}, after {len(manifest.details['left'])} other ways)"
 
 
 def _error(manifest: Manifest) -> str:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mtgr.errors import ConfigurationError
 from mtgr.features.candidates import CandidateState, build_candidate_state, candidate_rows
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.context import context_rows
@@ -24,13 +25,18 @@ def random_rows(
         schema: The schema.
         catalog: The items.
         batch: Users.
-        context: Tokens of the longest context, at least 1.
+        context: Tokens of the longest context, 1 to ``schema.max_context``.
         candidates: Candidates of each user.
         generator: Source of randomness.
 
     Returns:
         INT32 [batch, context, W] and INT32 [batch, candidates, W].
+
+    Raises:
+        ConfigurationError: If no context of this schema is that long.
     """
+    if context > schema.max_context:
+        raise ConfigurationError(f"contexts of this schema have {schema.max_context} tokens at most, not {context}.")
     contexts = np.zeros((batch, context, schema.width), dtype=np.int32)
     targets = np.zeros((batch, candidates, schema.width), dtype=np.int32)
     for user in range(batch):
@@ -55,8 +61,9 @@ def _random_user(
         field.name: generator.choice(field.values) if field.values else float(generator.choice(field.boundaries))
         for field in schema.profile
     }
-    # The boundary that keeps the whole history, so that the length is met to the token.
-    static_events = num_events - min(num_events, int(generator.integers(0, schema.realtime_step)))
+    # A boundary that keeps the whole history, so that the length is met to the token.
+    fewest_realtime = max(0, num_events - schema.max_history)
+    static_events = num_events - min(num_events, int(generator.integers(fewest_realtime, schema.realtime_step)))
     rows = context_rows(schema, profile, items, actions, times, static_events)[:length]
     request_time = int(schema.epoch + span + generator.integers(0, 86_400))
     state = build_candidate_state(schema, catalog, items, actions, times, request_time, length)

@@ -22,9 +22,10 @@ class RowChecker:
     def __init__(self, schema: Schema, max_positions: int) -> None:
         self.width = schema.width
         self._profile_size = schema.profile_size
-        self._context = _sizes(schema, schema.event_columns)
-        self._context[SLOT_COLUMN] = max_positions
-        self._candidates = _sizes(schema, schema.candidate_columns)
+        context = _sizes(schema, schema.event_columns)
+        context[SLOT_COLUMN] = max_positions
+        self._context = _Limits(context)
+        self._candidates = _Limits(_sizes(schema, schema.candidate_columns))
 
     def check_context(self, rows: npt.NDArray[Any]) -> None:
         """Check context rows, INT [..., n, W].
@@ -32,8 +33,11 @@ class RowChecker:
         Raises:
             InvalidRequestError: If an id is out of range.
         """
-        limits = np.broadcast_to(self._context, rows.shape).copy()
-        limits[..., FIRST_COLUMN][rows[..., TYPE_COLUMN] == TokenType.PROFILE] = self._profile_size
+        is_profile = rows[..., TYPE_COLUMN] == TokenType.PROFILE
+        if self._context.hold(rows) and rows[..., FIRST_COLUMN][is_profile].max(initial=0) < self._profile_size:
+            return
+        limits = np.broadcast_to(self._context.sizes, rows.shape).copy()
+        limits[..., FIRST_COLUMN][is_profile] = self._profile_size
         _check("context", rows, limits)
 
     def check_candidates(self, rows: npt.NDArray[Any]) -> None:
@@ -42,7 +46,30 @@ class RowChecker:
         Raises:
             InvalidRequestError: If an id is out of range.
         """
-        _check("candidates", rows, np.broadcast_to(self._candidates, rows.shape))
+        if not self._candidates.hold(rows):
+            _check("candidates", rows, np.broadcast_to(self._candidates.sizes, rows.shape))
+
+
+class _Limits:
+    """Sizes of columns, repeated for many rows: a batch is compared in one pass over memory.
+
+    Args:
+        sizes: INT64 [W].
+    """
+
+    def __init__(self, sizes: npt.NDArray[np.int64]) -> None:
+        self.sizes = sizes
+        self._repeated = sizes.astype(np.uint32)
+
+    def hold(self, rows: npt.NDArray[Any]) -> bool:
+        """Whether all ids are below; False also where that is not seen at once, as in rows of another layout."""
+        if rows.dtype != np.int32 or not rows.flags.c_contiguous:
+            return False
+        flat = rows.reshape(-1).view(np.uint32)  # what is negative becomes large
+        limits = self._repeated
+        if flat.size > limits.size:
+            limits = self._repeated = np.tile(self.sizes.astype(np.uint32), rows.size // len(self.sizes))
+        return not (flat >= limits[: flat.size]).any()
 
 
 def _sizes(schema: Schema, columns: tuple[str, ...]) -> npt.NDArray[np.int64]:

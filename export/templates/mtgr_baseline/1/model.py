@@ -1,4 +1,4 @@
-"""Triton adapter of the baseline engine; the logic is in ``mtgr.engines.baseline``."""
+"""Triton adapter of the PyTorch engines; the logic is in ``mtgr.engines.baseline`` and ``mtgr.engines.compiled``."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from mtgr.engines.baseline import BaselineEngine
+from mtgr.engines.compiled import CompiledEngine, require_gpu, usual_shapes
 from mtgr.errors import InvalidRequestError
 
 INPUTS = ("context", "candidates")
@@ -18,11 +19,18 @@ class TritonPythonModel:
 
     def initialize(self, args):
         """Load the checkpoint that lies beside this file."""
-        parameters = json.loads(args["model_config"]).get("parameters", {})
-        torch.set_num_threads(int(parameters.get("threads", {}).get("string_value", "1")))
+        configured = json.loads(args["model_config"]).get("parameters", {})
+        parameters = {name: value.get("string_value", "") for name, value in configured.items()}
+        torch.set_num_threads(int(parameters.get("threads", "1")))
         on_gpu = args["model_instance_kind"] == "GPU"
         device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
-        self.engine = BaselineEngine(Path(args["model_repository"]) / args["model_version"], device)
+        checkpoint = Path(args["model_repository"]) / args["model_version"]
+        if parameters.get("engine") == "compiled":
+            require_gpu(parameters["precision"], device)
+            self.engine = CompiledEngine(checkpoint, device, parameters["precision"])
+            self.engine.warm_up(usual_shapes(self.engine.schema.max_context))
+        else:
+            self.engine = BaselineEngine(checkpoint, device)
 
     def execute(self, requests):
         """Responses in the order of the requests."""

@@ -1,0 +1,126 @@
+"""The ``compiled`` engine: ``baseline``'s fast twin, on the project's kernels and, on a GPU, CUDA graphs by bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mtgr.checkpoint import load_checkpoint
+from mtgr.engines.checks import check_batch, check_order
+from mtgr.engines.compiled_graphs import BucketGraphs, Shape
+from mtgr.engines.compiled_network import CompiledNetwork, CompiledPrecision
+from mtgr.engines.rows import RowChecker
+from mtgr.errors import ConfigurationError
+from mtgr.model import MTGR
+from mtgr.routing.buckets import CONTEXT_BUCKETS, bucket
+
+Arrays = dict[str, npt.NDArray[Any]]
+Operation = Literal["rank", "retrieve"]
+
+
+def require_gpu(precision: CompiledPrecision, device: str) -> None:
+    """Refuse what a CPU is slower at than at FP32.
+
+    Raises:
+        ConfigurationError: If a low precision is to be computed on a CPU.
+    """
+    if precision != "fp32" and torch.device(device).type == "cpu":
+        raise ConfigurationError(
+            f"the compiled engine computes in {precision} on a GPU only and this host has none; export --compiled fp32."
+        )
+
+
+def usual_shapes(max_context: int) -> list[tuple[Operation, int, int, int]]:
+    """What a server meets first, for ``CompiledEngine.warm_up``: lone and merged requests of every context bucket."""
+    longest = bucket(max_context, CONTEXT_BUCKETS)
+    contexts = sorted((one for one in CONTEXT_BUCKETS if one <= longest), reverse=True)
+    ranked: list[tuple[Operation, int, int, int]] = [("rank", batch, n, 256) for n in contexts for batch in (8, 1)]
+    return [*ranked, *(("retrieve", 1, n, 0) for n in contexts)]
+
+
+class CompiledEngine:
+    """Ranks or retrieves batches of rows.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        device: PyTorch device, such as ``cpu`` or ``cuda:1``.
+        precision: Of the computation; ``fp8`` rounds the blocks' linear layers.
+        max_graphs: CUDA graphs kept at most; further shapes replace the one that was used longest ago.
+
+    Raises:
+        ConfigurationError: If the checkpoint is missing, damaged or of another network than MTGR, or the device is not
+            there.
+    """
+
+    def __init__(
+        self, checkpoint: Path, device: str = "cpu", precision: CompiledPrecision = "fp32", max_graphs: int = 64
+    ) -> None:
+        loaded = load_checkpoint(checkpoint)
+        if not isinstance(loaded.model, MTGR):
+            raise ConfigurationError(
+                f"the checkpoint in {checkpoint} holds {type(loaded.model).__name__}; the compiled engine runs MTGR "
+                "alone, use baseline."
+            )
+        self.schema = loaded.schema
+        self.device = torch.device(device)
+        self._checker = RowChecker(loaded.schema, loaded.config.max_positions)
+        try:
+            self.network = CompiledNetwork(loaded.model, precision, self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigurationError(f"the model cannot be placed on {device}: {error}") from error
+        self._graphs = (
+            BucketGraphs(self.network, self.schema.width, self.device, max_graphs)
+            if self.device.type == "cuda"
+            else None
+        )
+        self._lock = Lock()
+
+    def warm_up(self, shapes: Iterable[tuple[Operation, int, int, int]], *, measure: bool = True) -> None:
+        """Find the fastest kernels for some shapes and capture their graphs, so that no request waits for it.
+
+        Args:
+            shapes: Operation, batch, padded context and padded candidates; nothing is done for them on the CPU.
+            measure: Whether to try several ways of computing attention and products, or to take the usual ones.
+        """
+        if self._graphs is None:
+            return
+        for operation, batch, context, candidates in shapes:
+            if measure:
+                self.network.tune(batch, context, candidates)
+            with self._lock:
+                self._graphs.captured(Shape.of(operation, batch, context, candidates))
+
+    def infer(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """Run one batch.
+
+        Args:
+            inputs: ``context`` INT32 [B, n, W] and, to rank, ``candidates`` INT32 [B, k, W].
+
+        Returns:
+            ``task_scores`` FP32 [B, k, T] with candidates, those of padding without a meaning; ``items`` INT32 [B, m]
+            and ``scores`` FP32 [B, m] without.
+
+        Raises:
+            InvalidRequestError: If the rows have another width than the schema's, an id is out of range, rows stand in
+                another order than the schema's builders give them, or there is no context.
+        """
+        check_batch(inputs, self._checker)
+        check_order(inputs, self.network.model.config.max_positions)
+        if self._graphs is not None:
+            with self._lock:
+                return self._graphs.run(inputs)
+        context = _tensor(inputs["context"])
+        if "candidates" in inputs:
+            return {"task_scores": self.network.rank(context, _tensor(inputs["candidates"])).numpy()}
+        items, scores = self.network.retrieve(context)
+        return {"items": items.numpy(), "scores": scores.numpy()}
+
+
+def _tensor(rows: npt.NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32))
