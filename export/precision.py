@@ -23,7 +23,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TOLERANCE = 1e-5  # absolute, on probabilities: another path in fp32
 _NATIVE_FACTOR = 2.0  # a low-precision path may miss by twice what PyTorch misses in the same precision
 # Smallest Spearman correlation with the reference, the mean over users, on a trained checkpoint.
-_SPEARMAN = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
+_SPEARMAN = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99, "fp8": 0.99}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -46,7 +46,7 @@ class Agreement:
     spearman: float | None = None
     auc: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def problem(self, precision: Precision) -> str | None:
+    def problem(self, precision: Precision | Literal["fp8"]) -> str | None:
         """Why this is not close enough, as the end of a sentence; None if it is."""
         if not np.isfinite(self.error):
             return "its answers are no numbers, or not of the right shape"

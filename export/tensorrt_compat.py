@@ -7,6 +7,7 @@ away with the last host that has 8.6.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 LEGACY = (8, 6)
@@ -22,39 +23,108 @@ def legacy_network(trt: Any, builder: Any) -> Any:
     return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
 
 
+def stated_types(trt: Any, network: Any) -> dict[str, Any]:
+    """The type that the graph gives each tensor, by name; the network's own are fp32 behind every cast.
+
+    Constants keep theirs, and a cast knows what it casts to. All else has the type of its inputs, as operators of ONNX
+    take one type of floats.
+    """
+    types: dict[str, Any] = {}
+    for layer in _layers(network):
+        cast = _cast_to(trt, layer)
+        inputs = [types.get(tensor.name, tensor.dtype) for tensor in _inputs(layer)]
+        for tensor in _outputs(layer):
+            kind = tensor.dtype
+            if kind == trt.float32:
+                kind = cast if cast is not None else trt.float16 if trt.float16 in inputs else kind
+            types[tensor.name] = kind
+    return types
+
+
 def allow_precision(trt: Any, config: Any, network: Any, precision: str) -> None:
     """Let the builder use what the graph's types mean, and nothing less where the graph says fp32.
 
     Args:
         trt: The module ``tensorrt``.
         config: Its builder config.
-        network: The parsed network, whose fp32 parts (bias, time, mask) are pinned.
+        network: The parsed network, whose fp32 parts (bias, time, mask, norms, TopK) are pinned.
         precision: ``fp32``, ``fp16`` or ``int8``.
     """
-    if precision == "fp32":
+    if precision == "int8":
+        # Without FP16: what stands between the quantizers is fp32 in the graph, and stays that.
+        config.set_flag(trt.BuilderFlag.INT8)
+    if precision != "fp16":
         return
     config.set_flag(trt.BuilderFlag.FP16)
-    if precision == "int8":
-        config.set_flag(trt.BuilderFlag.INT8)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    quantizers = (trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE, trt.LayerType.CONSTANT, trt.LayerType.SHAPE)
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        outputs = [layer.get_output(place) for place in range(layer.num_outputs)]
-        # In an INT8 graph the products between the quantizers carry fp32 types and are what shall be quantized.
-        if precision == "fp16" and layer.type not in quantizers and _all_float(trt, layer, outputs):
-            layer.precision = trt.float32
+    types = stated_types(trt, network)
+    # A conversion is told by its two types, and a constant or a shape by what uses it.
+    free = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
+    for layer in _layers(network):
+        outputs = [types[tensor.name] for tensor in _outputs(layer)]
+        inputs = [types.get(tensor.name, tensor.dtype) for tensor in _inputs(layer)]
+        wide = [place for place, kind in enumerate(outputs) if kind == trt.float32]
+        if layer.type in free or not wide or trt.float16 in (*outputs, *inputs):
+            continue
+        layer.precision = trt.float32
+        for place in wide:
+            layer.set_output_type(place, trt.float32)
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def _outputs(layer: Any) -> list[Any]:
+    return [layer.get_output(place) for place in range(layer.num_outputs)]
+
+
+def _inputs(layer: Any) -> list[Any]:
+    found = [layer.get_input(place) for place in range(layer.num_inputs)]
+    return [tensor for tensor in found if tensor is not None]  # optional ones
+
+
+def _cast_to(trt: Any, layer: Any) -> Any:
+    """What a conversion converts to; None for other layers."""
+    if layer.type == trt.LayerType.CAST:
+        layer.__class__ = trt.ICastLayer  # the bindings give the base class
+        return layer.to_type
+    if layer.type == trt.LayerType.IDENTITY and layer.output_type_is_set(0):
+        return layer.get_output_type(0)
+    return None
+
+
+def relaxations(trt: Any, config: Any, network: Any) -> Iterator[str]:
+    """Loosen constraints step by step, for a builder that found no kernels that obey them; none where there are none.
+
+    Parity decides whether a plan that was built so is good enough.
+
+    Yields:
+        What constraints are now: ``preferred``, wishes; then ``dropped``, and every layer may be in either precision.
+    """
+    if not config.get_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS):
+        return
+    config.clear_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    yield "preferred"
+    config.clear_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    for layer in _layers(network):
+        if layer.precision_is_set:
+            layer.reset_precision()
             for place in range(layer.num_outputs):
-                layer.set_output_type(place, trt.float32)
+                if layer.output_type_is_set(place):
+                    layer.reset_output_type(place)
+    yield "dropped"
+
+
+def with_cublas(trt: Any, config: Any) -> None:
+    """Let 8.6 take matrix products from cuBLAS, which it does outside of plugins only when told; no cuDNN."""
+    config.set_preview_feature(trt.PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, False)
+    names = ("CUBLAS", "CUBLAS_LT", "JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS")
+    config.set_tactic_sources(sum(1 << int(getattr(trt.TacticSource, name)) for name in names))
 
 
 def without_blas(trt: Any, config: Any) -> None:
     """Leave cuBLAS and cuDNN out, for a host that has 8.6 without them."""
     sources = (trt.TacticSource.JIT_CONVOLUTIONS, trt.TacticSource.EDGE_MASK_CONVOLUTIONS)
     config.set_tactic_sources(sum(1 << int(source) for source in sources))
-
-
-def _all_float(trt: Any, layer: Any, outputs: list[Any]) -> bool:
-    inputs = [layer.get_input(place) for place in range(layer.num_inputs)]
-    tensors = [*outputs, *(tensor for tensor in inputs if tensor is not None)]
-    return bool(outputs) and all(tensor.dtype == trt.float32 for tensor in tensors)

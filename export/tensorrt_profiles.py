@@ -1,7 +1,8 @@
 """Optimization profiles of a TensorRT plan, from the table of buckets that the router pads to.
 
 Two profiles: one for a lone request, which is tuned at batch 1, and one for the batches that the router merges, tuned
-at a middle size. A plan that had to be good at both with one profile would be tuned for neither.
+at a middle size. A plan that had to be good at both with one profile would be tuned for neither; there is one where
+TensorRT builds no other.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Profile:
 
 
 def bucket_profiles(
-    inputs: Mapping[str, Sequence[int]], max_context: int, max_batch: int = MAX_BATCH
+    inputs: Mapping[str, Sequence[int]], max_context: int, max_batch: int = MAX_BATCH, split: bool = True
 ) -> tuple[Profile, ...]:
-    """Profiles of a graph: batch 1, and batch 2 to ``max_batch``.
+    """Profiles of a graph: batch 1, and batch 2 to ``max_batch``; or one for all of them.
 
     Axes that are fixed in the graph stay what they are: a graph of one bucket has profiles over its batch only, one
     of a fixed batch too needs no profile at all.
@@ -46,6 +47,7 @@ def bucket_profiles(
         inputs: ``context`` [B, n, W] and, for ranking, ``candidates`` [B, k, W]; -1 for axes that vary.
         max_context: Tokens of the longest context, which the schema knows.
         max_batch: The config's ``max_batch_size``.
+        split: Whether batch 1 has a profile of its own.
 
     Raises:
         ConfigurationError: If the graph has inputs that no bucket is known for, or a batch cannot be that large.
@@ -61,7 +63,8 @@ def bucket_profiles(
         return ()
     batches = [_SINGLE]
     if max_batch > 1 and any(dims[0] == -1 for dims in inputs.values()):
-        batches.append((2, min(max(2, _TUNED_BATCH), max_batch), max_batch))
+        tuned = min(_TUNED_BATCH, max_batch)
+        batches = [_SINGLE, (2, tuned, max_batch)] if split else [(1, tuned, max_batch)]
     return tuple(
         Profile({name: _shapes(dims, batch, _lengths(name, max_context)) for name, dims in inputs.items()})
         for batch in batches

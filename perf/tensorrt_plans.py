@@ -1,216 +1,216 @@
-"""Second step of ``perf.tensorrt_gpu``: build plans, compare and time them. Python 3.10 with TensorRT, without PyTorch.
+"""Build and time the plans of ``perf.tensorrt_gpu``. Python 3.10 with TensorRT 8.6, without PyTorch.
 
-    python -m perf.tensorrt_plans --work FOLDER [--budget SECONDS] [--dry-run]
+    python -m perf.tensorrt_plans build --work FOLDER [--until EPOCH] [--jobs 8] [--dry-run]
+    python -m perf.tensorrt_plans measure --work FOLDER [--until EPOCH] [--dry-run]
 
-Of each graph the one with dynamic lengths is tried first; what TensorRT refuses is built for one bucket, at most
-eight times. With ``--dry-run`` ONNX Runtime takes the place of the plans, so that everything else can run on a CPU.
+Each plan is built in the first way that leads to one (``export.tensorrt_ways``); what of fp16 ranking is refused with
+dynamic lengths is built for one bucket. Builds run side by side, each in a process of its own, so that one that crashes
+or hangs costs only itself, and goes on with the next way; times are taken afterwards, one plan at a time, as it runs
+and as a CUDA graph. With ``--dry-run`` ONNX Runtime takes the place of plans, on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from export.tensorrt import BuildOptions, build_tensorrt_engine
+from export.tensorrt import build_tensorrt_engine
+from export.tensorrt_options import BuildOptions
+from export.tensorrt_runtime import plan_runtime
+from export.tensorrt_ways import PLAIN, Way, ways_to
 from mtgr.errors import ConfigurationError
+from perf.tensorrt_entries import STATIC
+from perf.tensorrt_entries import graph_of as graph_file
+from perf.tensorrt_measure import FIXED_BATCH, OnnxRunner, Runner, captured, parity, timed
 
-Arrays = dict[str, npt.NDArray[Any]]
-
-MAX_FIXED = 8
-ROUNDS, WARM = 100, 20
-TOLERANCE = 1e-5  # fp32
-RUNTIME = Path(__file__).resolve().parent.parent / "backends" / "tensorrt" / "tensorrt_plan.py"
-
-
-class Runner(Protocol):
-    """A plan, or what stands for it."""
-
-    inputs: dict[str, tuple[Any, tuple[int, ...]]]
-
-    def run(self, inputs: Arrays) -> Arrays:
-        """Run one batch."""
-        ...
-
-
-class OnnxRunner:
-    """A graph in ONNX Runtime, as if it were a plan.
-
-    Args:
-        path: The graph.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self.inputs = {
-            node.name: (np.dtype(np.int32), tuple(size if isinstance(size, int) else -1 for size in node.shape))
-            for node in self._session.get_inputs()
-        }
-        self._outputs = [node.name for node in self._session.get_outputs()]
-
-    def run(self, inputs: Arrays) -> Arrays:
-        """Run one batch."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
-
-    def poison(self) -> None:
-        """Nothing: every run has memory of its own."""
-
-    def close(self) -> None:
-        """Free the session."""
-        del self._session
+JOBS = 8
+MEASURE_S = 60.0  # one plan: loading it, parity, and times
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build what the first step exported; 0 if every plan was built and agrees."""
+    """Run one step over all graphs, or over one where its name is given; 0 if every plan went well."""
     parser = argparse.ArgumentParser(prog="python -m perf.tensorrt_plans", description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the first step")
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds after which no build is begun")
-    parser.add_argument("--blas", action="store_true", help="let 8.6 use cuBLAS and cuDNN, where they are installed")
+    parser.add_argument("step", choices=["build", "measure"])
+    parser.add_argument("--work", type=Path, required=True, help="folder of perf.tensorrt_gpu")
+    parser.add_argument("--until", type=float, help="seconds since 1970 at which what still runs is ended")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="builds at a time")
+    parser.add_argument("--cublas", type=Path, help="folder with libcublas.so.12, for the plans that shall use it")
+    parser.add_argument("--only", help="one graph, in this very process")
+    parser.add_argument("--resume", action="store_true", help="with --only: leave out ways up to where a build ended")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
-    start = time.monotonic()
-    results: list[dict[str, Any]] = []
-    fixed = 0
-    for entry in json.loads((options.work / "graphs.json").read_text(encoding="utf-8")):
-        result: dict[str, Any] = {**entry, "refused": {}}
-        results.append(result)
-        for lengths in ("dynamic", "fixed"):
-            if time.monotonic() - start > options.budget:
-                result["refused"][lengths] = "the time for builds was over"
-                break
-            if lengths == "fixed":
-                if fixed == MAX_FIXED:
-                    result["refused"][lengths] = f"{MAX_FIXED} plans of one bucket were built already"
-                    break
-                fixed += 1
-            try:
-                runner, built = _build(options, entry, lengths)
-            except ConfigurationError as error:
-                result["refused"][lengths] = str(error)
-                print(f"   {entry['name']} {lengths}: {error}", flush=True)
-                continue
-            result |= {"lengths": lengths, "build": built}
-            try:
-                result |= _measure(runner, entry, options)
-            finally:
-                runner.close()
-            print(
-                f"== {entry['name']} {lengths}: error {result['max_error']:.2e} of {result['bound']:.2e}, "
-                f"holds {result['holds']}, p50 {result['p50']}",
-                flush=True,
-            )
-            break
-        # Written after each, so that a run that is cut off loses one.
-        (options.work / "plans.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return int(not all(result.get("holds") for result in results))
+    entries = json.loads((options.work / "graphs.json").read_text(encoding="utf-8"))
+    run_one = build_one if options.step == "build" else measure_one
+    if options.only is not None:
+        (entry,) = (entry for entry in entries if entry["name"] == options.only)
+        return run_one(options, entry)
+    # A second call builds what the first had no time for.
+    entries = [
+        entry for entry in entries if ("lengths" in result_of(options, entry, "build")) == (options.step == "measure")
+    ]
+    jobs = options.jobs if options.step == "build" else 1
+    with ThreadPoolExecutor(jobs) as pool:
+        states = list(pool.map(lambda entry: _in_process(options, entry), entries))
+    return int(any(states) or (options.step == "measure" and not states))
 
 
-def _build(options: argparse.Namespace, entry: dict[str, Any], lengths: str) -> tuple[Any, dict[str, Any]]:
-    graph = options.work / entry["name"] / lengths / "model.onnx"
-    if not graph.is_file():
-        raise ConfigurationError(f"there is no graph at {graph}: the first step could not write it.")
+def results(work: Path) -> Iterator[dict[str, Any]]:
+    """What is known of each plan: how it was built, its errors, and its times."""
+    options = argparse.Namespace(work=work)
+    for entry in json.loads((work / "graphs.json").read_text(encoding="utf-8")):
+        yield entry | result_of(options, entry, "build") | result_of(options, entry, "measure")
+
+
+def result_of(options: argparse.Namespace, entry: dict[str, Any], step: str) -> dict[str, Any]:
+    """The result of a step of one plan; empty if there is none."""
+    path = options.work / entry["name"] / f"{step}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def graph_of(work: Path, entry: dict[str, Any], lengths: str, way: Way = PLAIN) -> Path:
+    """The graph that a plan is built from; two plans may share it."""
+    return graph_file(work, entry["graph"], lengths, way.last)
+
+
+def plan_of(work: Path, entry: dict[str, Any], lengths: str) -> Path:
+    """Where a plan lies."""
+    return Path(work / entry["name"] / lengths / "model.plan")
+
+
+def build_one(options: argparse.Namespace, entry: dict[str, Any]) -> int:
+    """Build one plan in the first way that leads to one; every refusal is kept."""
+    result: dict[str, Any] = {"refused": {}}
+    if options.resume:
+        result |= result_of(options, entry, "build")
+        result["refused"][result.pop("begun")] = "its process ended"
+    for lengths, way in ways_of(entry):
+        name = f"{lengths}, {way.name}"
+        if name in result["refused"]:
+            continue
+        _keep(options, entry, "build", result | {"begun": name})
+        begin = time.monotonic()
+        try:
+            built = _build(options, entry, lengths, way)
+        except ConfigurationError as error:
+            result["refused"][name] = str(error)
+            print(f"   {entry['name']} {name}: {error}", flush=True)
+        else:
+            result |= {"lengths": lengths, "way": way.name, "last": way.last, "build": built}
+            print(f"== {entry['name']} {name} built in {time.monotonic() - begin:.0f} s", flush=True)
+        _keep(options, entry, "build", result)
+        if "lengths" in result:
+            return 0
+    return 1
+
+
+def ways_of(entry: dict[str, Any]) -> Iterator[tuple[str, Way]]:
+    """Lengths and ways of a plan, in the order in which they are tried."""
+    for lengths in entry["lengths_tried"]:
+        for way in ways_to(entry["kind"], legacy=True) if lengths == "dynamic" else (PLAIN,):
+            yield lengths, way
+
+
+def measure_one(options: argparse.Namespace, entry: dict[str, Any]) -> int:
+    """Errors of one plan at every shape, then raw times of the shapes that are timed, and those of CUDA graphs."""
+    built = result_of(options, entry, "build")
+    lengths, largest = built["lengths"], built["build"]["largest"]
     if options.dry_run:
-        return OnnxRunner(graph), {"tensorrt": "dry run: ONNX Runtime"}
-    plan = graph.with_name("model.plan")
-    settings = BuildOptions(
-        max_context=1024,
-        max_batch=32 if lengths == "dynamic" else 8,
-        workspace_gib=16.0,
-        blas=options.blas,
-        timing_cache=options.work / "timings.cache",
+        way = next(way for known, way in ways_of(entry) if (known, way.name) == (lengths, built["way"]))
+        runner: Runner = OnnxRunner(graph_of(options.work, entry, lengths, way))
+    else:
+        runner = plan_runtime().Plan(str(plan_of(options.work, entry, lengths)))
+    try:
+        result = parity(runner, entry, options.work, lengths, largest)
+        _keep(options, entry, "measure", result)
+        result |= timed(runner, entry, options, largest)
+        _keep(options, entry, "measure", result)
+        result["cuda_graphs"] = captured(runner, entry, options, largest)
+        _keep(options, entry, "measure", result)
+    finally:
+        runner.close()
+    print(
+        f"== {entry['name']} {lengths}, {built['way']}: error {result['max_error']:.2e} of {result['bound']:.2e}, "
+        f"holds {result['holds']}, p50 {result['p50']}, as CUDA graphs {result['cuda_graphs'].get('p50')}",
+        flush=True,
     )
+    return int(not result["holds"])
+
+
+def _in_process(options: argparse.Namespace, entry: dict[str, Any]) -> int:
+    """The same step of one graph in a process of its own, within the time that is left."""
+    left = float("inf") if options.until is None else options.until - time.time()
+    limit = min(left, MEASURE_S) if options.step == "measure" and not options.dry_run else left
+    problem = "the time was over" if limit <= 0 else None
+    command = [sys.executable, "-m", "perf.tensorrt_plans", options.step, "--work", str(options.work)]
+    command += ["--only", entry["name"], *["--dry-run"] * options.dry_run]
+    if options.cublas is not None:
+        command += ["--cublas", str(options.cublas)]
+    environment = dict(os.environ)
+    if entry.get("cublas") and options.cublas is not None:
+        paths = [str(options.cublas), environment.get("LD_LIBRARY_PATH", "")]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    tries = len(list(ways_of(entry))) if options.step == "build" else 1
+    while problem is None:
+        tries -= 1
+        left = float("inf") if options.until is None else max(1.0, options.until - time.time())
+        limit = min(left, limit)
+        try:
+            status = subprocess.run(
+                command, check=False, timeout=None if limit == float("inf") else limit, env=environment
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status, problem = 1, f"it was ended after {limit:.0f} s"
+        else:
+            if status in (0, 1):
+                return status
+            print(f"   {entry['name']}: {options.step}: its process ended with status {status}", flush=True)
+            if tries == 0 or "begun" not in result_of(options, entry, options.step):
+                problem = f"its process ended with status {status}"
+            elif "--resume" not in command:
+                command.append("--resume")
+    print(f"   {entry['name']}: {options.step}: {problem}", flush=True)
+    _keep(options, entry, options.step, result_of(options, entry, options.step) | {f"{options.step}_failed": problem})
+    return 1
+
+
+def _build(options: argparse.Namespace, entry: dict[str, Any], lengths: str, way: Way) -> dict[str, Any]:
+    graph, plan = graph_of(options.work, entry, lengths, way), plan_of(options.work, entry, lengths)
+    if not graph.is_file():
+        reason = entry["graphs"].get(f"{lengths}-{way.last}", "it was not written")
+        raise ConfigurationError(f"there is no graph at {graph}: {reason}.")
+    largest = STATIC.get(lengths, 32 if lengths == "dynamic" else FIXED_BATCH)
+    settings = way.options(
+        BuildOptions(
+            max_context=1024,
+            max_batch=largest,
+            workspace_gib=4.0,
+            blas="insist" if entry["cublas"] else False,
+        )
+    )
+    if entry["cublas"] and options.cublas is None:
+        raise ConfigurationError("this host has no cuBLAS for TensorRT 8.6; give its folder as --cublas.")
+    if options.dry_run:
+        return {"tensorrt": "dry run: ONNX Runtime", "largest": settings.max_batch, "profiles": [None]}
     manifest = build_tensorrt_engine(graph, plan, entry["precision"], settings)
-    details = {name: manifest.details[name] for name in ("gpu", "layers", "plan_bytes", "profiles", "seconds")}
-    return _runtime().Plan(str(plan)), details | {"tensorrt": manifest.versions["tensorrt"]}
+    names = ("gpu", "layers", "constraints", "plan_bytes", "profiles", "seconds")
+    details = {name: manifest.details[name] for name in names}
+    return details | {"tensorrt": manifest.versions["tensorrt"], "largest": settings.max_batch}
 
 
-def _runtime() -> Any:
-    """The stand-in's own runner: what is measured here is what serves."""
-    if "tensorrt_plan" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("tensorrt_plan", RUNTIME)
-        if spec is None or spec.loader is None:
-            raise ConfigurationError(f"{RUNTIME} cannot be loaded.")
-        sys.modules["tensorrt_plan"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["tensorrt_plan"]
-
-
-def _measure(runner: Any, entry: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Errors at every shape, and raw times of the shapes that are timed."""
-    errors: dict[str, float] = {}
-    samples: dict[str, list[float]] = {}
-    with np.load(options.work / entry["cases"]) as cases:
-        for name in entry["shapes"]:
-            inputs = {key: cases[f"{name}/{key}"] for key in runner.inputs}
-            padded = padded_to(inputs, runner.inputs)
-            if padded is None:
-                continue  # longer than the one bucket
-            for _ in range(2):
-                runner.poison()
-                answer = runner.run(padded)
-                errors[name] = max(
-                    errors.get(name, 0.0),
-                    error_of(answer, {key: cases[f"{name}/{key}"] for key in entry["wanted"]}, entry),
-                )
-            if name in entry["timed"]:
-                rounds = 3 if options.dry_run else ROUNDS
-                for index in range(-WARM if not options.dry_run else 0, rounds):
-                    begin = time.perf_counter()
-                    runner.run(padded)
-                    if index >= 0:
-                        samples.setdefault(name, []).append(1e3 * (time.perf_counter() - begin))
-    worst = max(errors.values())
-    bound = max(TOLERANCE, 2 * entry["native_error"])
-    return {
-        "errors": errors,
-        "max_error": worst,
-        "bound": bound,
-        "holds": bool(worst <= bound),
-        "milliseconds": samples,
-        "p50": {name: round(float(np.median(values)), 3) for name, values in samples.items()},
-    }
-
-
-def padded_to(inputs: Arrays, declared: dict[str, tuple[Any, tuple[int, ...]]]) -> Arrays | None:
-    """Rows padded to the lengths that a graph has; None if they are longer."""
-    padded = {}
-    for name, rows in inputs.items():
-        length = declared[name][1][1]
-        missing = 0 if length == -1 else length - rows.shape[1]
-        if missing < 0:
-            return None
-        padded[name] = np.pad(rows, ((0, 0), (0, missing), (0, 0)))
-    return padded
-
-
-def error_of(answer: Arrays, wanted: Arrays, entry: dict[str, Any]) -> float:
-    """Largest difference: of task scores, or of the similarities of the items at each place."""
-    if "task_scores" in wanted:
-        expected = wanted["task_scores"]
-        return _difference(answer["task_scores"][:, : expected.shape[1]], expected)
-    logits, expected = wanted["logits"], wanted["scores"]
-    items = answer["items"].astype(np.int64) - entry["first_id"]
-    distinct = all(len(np.unique(row)) == len(row) for row in items)
-    if items.shape != expected.shape or not distinct or items.min() < 0 or items.max() >= logits.shape[1]:
-        return float("inf")
-    found = np.take_along_axis(logits, items, axis=1)
-    errors = _difference(found, expected), _difference(answer["scores"].astype(np.float32), expected)
-    return float(entry["temperature"] * max(errors))
-
-
-def _difference(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    if found.shape != expected.shape or not np.isfinite(found).all():
-        return float("inf")
-    return float(np.abs(found - expected).max(initial=0.0))
+def _keep(options: argparse.Namespace, entry: dict[str, Any], step: str, result: dict[str, Any]) -> None:
+    path = options.work / entry["name"] / f"{step}.json"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """TensorRT as a Python-based backend, for servers that lack Triton's C++ ``tensorrt`` backend.
 
 It serves the same model directories: a config.pbtxt with ``backend: "tensorrt"`` and ``<version>/model.plan``, with the
-profiles that the instance group names. CUDA graphs of the config are the C++ backend's; here kernels are launched one
-by one.
+profiles that the instance group names and the CUDA graphs of its ``graph_spec``; other shapes are launched kernel by
+kernel.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class TritonPythonModel:
         _check_tensors("output", config["output"], self._plan.outputs, self._max_batch > 0)
         self._input_names = [entry["name"] for entry in config["input"]]
         self._output_names = [entry["name"] for entry in config["output"]]
+        self._capture(config.get("optimization", {}).get("cuda", {}), args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer the requests that arrived together, with one execution of the plan per shape.
@@ -98,6 +99,18 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Free the plan and its buffers."""
         self._plan.close()
+
+    def _capture(self, cuda: dict[str, Any], model: str) -> None:
+        """Record the shapes of the config's graph specs; at those that cannot be, the plan runs all the same."""
+        for spec in cuda.get("graph_spec", []) if cuda.get("graphs") else []:
+            shapes = {
+                name: (int(spec["batch_size"]), *(int(size) for size in entry["dim"]))
+                for name, entry in spec["input"].items()
+            }
+            try:
+                self._plan.capture(shapes)
+            except PlanError as error:
+                pb_utils.Logger.log_warn(f"{model} has no CUDA graph at {shapes}: {error}")
 
     def _batches(self, group: list[_Work]) -> list[list[_Work]]:
         """Requests of equal shape, cut where the plan's largest batch is full."""

@@ -23,6 +23,7 @@ Shape = tuple[int, ...]
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _NON_BLOCKING = 1  # the stream does not wait for the default one
+_THREAD_LOCAL = 1  # what other threads do meanwhile does not spoil a capture
 
 
 class PlanError(Exception):
@@ -50,9 +51,12 @@ class Cuda:
         """Call a function of the runtime.
 
         Raises:
-            PlanError: If it fails.
+            PlanError: If it fails, or this runtime has no such function.
         """
-        status = getattr(self._library, name)(*arguments)
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise PlanError(f"this CUDA runtime has no {name}; install one of CUDA 12 or later.")
+        status = function(*arguments)
         if status:
             self._library.cudaGetErrorString.restype = ctypes.c_char_p
             text = self._library.cudaGetErrorString(status) or b"unknown"
@@ -95,6 +99,14 @@ class _Buffer:
         return np.frombuffer(memory, self.dtype, int(np.prod(shape))).reshape(shape)
 
 
+@dataclass
+class _Graph:
+    """A recorded execution of one profile at one shape of each input."""
+
+    handle: ctypes.c_void_p
+    outputs: dict[str, Shape]
+
+
 class Plan:
     """A plan that is ready to run. Not for two threads at once.
 
@@ -120,6 +132,7 @@ class Plan:
         self._device = device
         self._buffers: dict[str, _Buffer] = {}
         self._contexts: dict[int, Any] = {}
+        self._graphs: dict[frozenset[tuple[str, Shape]], _Graph] = {}
         self._stream = ctypes.c_void_p()
         self._cuda.call("cudaSetDevice", ctypes.c_int(device))
         self._engine = self._deserialize(path)
@@ -163,19 +176,49 @@ class Plan:
             if array.dtype != dtype:
                 raise ShapeError(f"{name} is {array.dtype}; the plan takes {dtype}.")
             buffer.array(shapes[name])[...] = array
-            if not context.set_input_shape(name, shapes[name]):
-                raise ShapeError(f"the plan refuses shape {list(shapes[name])} of {name}.")
             self._cuda.copy(buffer.device, buffer.host, array.size * dtype.itemsize, _HOST_TO_DEVICE, stream)
-        if not context.execute_async_v3(stream):
-            raise PlanError("TensorRT could not start the plan; its log has the reason.")
+        graph = self._graphs.get(frozenset(shapes.items()))
+        if graph is None:
+            self._execute(context, shapes)
+        else:
+            self._cuda.call("cudaGraphLaunch", graph.handle, self._stream)
         wanted = list(self.outputs) if outputs is None else list(outputs)
-        found = {name: tuple(context.get_tensor_shape(name)) for name in wanted}
+        known = self._output_shapes(context) if graph is None else graph.outputs
+        found = {name: known[name] for name in wanted}
         for name, shape in found.items():
             buffer = self._buffers[name]
             size = int(np.prod(shape)) * buffer.dtype.itemsize
             self._cuda.copy(buffer.host, buffer.device, size, _DEVICE_TO_HOST, stream)
         self._cuda.call("cudaStreamSynchronize", self._stream)
         return {name: self._buffers[name].array(shape).copy() for name, shape in found.items()}
+
+    def capture(self, shapes: Mapping[str, Shape]) -> None:
+        """Record the execution at these shapes as a CUDA graph: ``run`` then launches the whole of it at once.
+
+        Args:
+            shapes: Of each input, [B, ...].
+
+        Raises:
+            ShapeError: If the plan does not take them.
+            PlanError: If the plan cannot be recorded; it runs at these shapes as before.
+        """
+        shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        context = self._contexts[self._profile(shapes)]
+        self._cuda.call("cudaSetDevice", ctypes.c_int(self._device))
+        self._execute(context, shapes)  # what TensorRT does at the first execution only must not be recorded
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+        graph, handle = ctypes.c_void_p(), ctypes.c_void_p()
+        self._cuda.call("cudaStreamBeginCapture", self._stream, ctypes.c_int(_THREAD_LOCAL))
+        try:
+            self._execute(context, shapes)
+        finally:
+            self._cuda.call("cudaStreamEndCapture", self._stream, ctypes.byref(graph))
+        try:
+            self._cuda.call("cudaGraphInstantiateWithFlags", ctypes.byref(handle), graph, ctypes.c_ulonglong(0))
+        finally:
+            self._cuda.call("cudaGraphDestroy", graph)
+        self._forget(frozenset(shapes.items()))
+        self._graphs[frozenset(shapes.items())] = _Graph(handle, self._output_shapes(context))
 
     def poison(self) -> None:
         """Fill the outputs with NaN and -1, so that a check cannot meet the answer before."""
@@ -186,7 +229,9 @@ class Plan:
         self._cuda.call("cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        """Free contexts, buffers, stream, and engine, in this order."""
+        """Free graphs, contexts, buffers, stream, and engine, in this order."""
+        for key in list(self._graphs):
+            self._forget(key)
         self._contexts.clear()
         for buffer in self._buffers.values():
             self._cuda.free(buffer.device)
@@ -197,6 +242,21 @@ class Plan:
             self._cuda.call("cudaStreamDestroy", self._stream)
             self._stream = ctypes.c_void_p()
         self._engine = None
+
+    def _execute(self, context: Any, shapes: Mapping[str, Shape]) -> None:
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise ShapeError(f"the plan refuses shape {list(shape)} of {name}.")
+        if not context.execute_async_v3(int(self._stream.value or 0)):
+            raise PlanError("TensorRT could not start the plan; its log has the reason.")
+
+    def _output_shapes(self, context: Any) -> dict[str, Shape]:
+        return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
+
+    def _forget(self, key: frozenset[tuple[str, Shape]]) -> None:
+        graph = self._graphs.pop(key, None)
+        if graph is not None:
+            self._cuda.call("cudaGraphExecDestroy", graph.handle)
 
     def _deserialize(self, path: str) -> Any:
         trt = self._trt
@@ -225,7 +285,10 @@ class Plan:
     def _range(self, profile: int) -> dict[str, tuple[Shape, Shape, Shape]]:
         """Smallest, best, and largest shape of each input."""
         found = {}
-        for name in self.inputs:
+        for name, (_, dims) in self.inputs.items():
+            if -1 not in dims:  # a plan of one shape needs no profile
+                found[name] = dims, dims, dims
+                continue
             smallest, best, largest = self._engine.get_tensor_profile_shape(name, profile)
             found[name] = tuple(smallest), tuple(best), tuple(largest)
         return found

@@ -3,49 +3,80 @@
 #
 #   bash perf/h200/tensorrt.sh OUT [SECONDS] [STEP...]
 #
-# STEP is export, plans, serve or report; by default all of them, in one call. Where a call's time is short, one call a
-# step does the same: what a step leaves lies in $WORK (/tmp/mtgr-tensorrt).
+# STEP is export, build, measure, serve or report; by default the first four, in one call. What a step leaves lies in
+# $WORK (/tmp/mtgr-tensorrt): a later call may do the steps that are missing, and builds the plans that are.
 #
 # Expects, as the machine's unpacking script leaves them under $H200 (/tmp/h200): a Python 3.10 with TensorRT 8.6
-# (trt/python, trt/lib, trt/tensorrt) and the packages of a server (site). OUT gets the report, logs, and the plans'
-# own results; SECONDS (420) is the time in which builds are begun. DRY=1 runs all of it on a CPU with this Python.
-set -euo pipefail
-out=$(mkdir -p "$1" && cd "$1" && pwd) seconds=${2:-420} steps=("${@:3}")
-if ((${#steps[@]} == 0)); then steps=(export plans report serve report); fi  # what was measured is kept, served or not
+# (trt/python, trt/lib, trt/tensorrt) and the packages of a server (site). OUT gets the report and logs after every step;
+# SECONDS (570) is the time that the call may take. DRY=1 runs all of it on a CPU with this Python.
+set -uo pipefail
+out=$(mkdir -p "$1" && cd "$1" && pwd) seconds=${2:-570} steps=("${@:3}")
+if ((${#steps[@]} == 0)); then steps=(export build measure serve); fi
 base=${H200:-/tmp/h200} python=${PYTHON:-python3} work=${WORK:-/tmp/mtgr-tensorrt}
-cd "$(dirname "$0")/../.."
+begin=$(date +%s) end=$(($(date +%s) + seconds))
+cd "$(dirname "$0")/../.." && mkdir -p "$work"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 dry=() stub=()
 if [[ -n ${DRY:-} ]]; then
   dry=(--dry-run)
-  plans() { "$python" -m perf.tensorrt_plans "$@" --dry-run; }
+  plans() { "$python" -m perf.tensorrt_plans "$@" --work "$work" --dry-run; }
 else
   cudart=$("$python" -c 'import glob, sysconfig; f = glob.glob(sysconfig.get_path("purelib") + "/nvidia/**/libcudart.so*", recursive=True); print(f[0] if f else "")')
-  mkdir -p "$base/cudart"
-  if [[ -n $cudart ]]; then ln -sf "$cudart" "$base/cudart/libcudart.so"; fi
   # The names by which Plan and Triton's stub find Python 3.10, TensorRT, and the CUDA runtime.
-  export MTGR_TRT_PYTHONHOME=$base/trt/python MTGR_TRT_PYTHONPATH=$base/trt MTGR_CUDART=$base/cudart/libcudart.so
+  export MTGR_TRT_PYTHONHOME=$base/trt/python MTGR_TRT_PYTHONPATH=$base/trt MTGR_CUDART=${cudart:-libcudart.so}
   export MTGR_TRT_LD_LIBRARY_PATH=$base/trt/python/lib:$base/trt/lib:$base/trt/tensorrt
+  # 8.6 asks for cuBLAS 12 by name; PyTorch brings a later one, whose functions are the same.
+  cublas=()
+  libraries=$("$python" -c 'import glob, sysconfig; print(*glob.glob(sysconfig.get_path("purelib") + "/nvidia/**/libcublas*.so.1[23]", recursive=True))')
+  for library in $libraries; do
+    mkdir -p "$work/cublas" && cublas=(--cublas "$work/cublas")
+    name=$(basename "$library")
+    ln -sf "$library" "$work/cublas/$name" && ln -sf "$library" "$work/cublas/${name%.so.*}.so.12"
+  done
   plans() {
-    LD_LIBRARY_PATH=$MTGR_TRT_LD_LIBRARY_PATH PYTHONHOME=$MTGR_TRT_PYTHONHOME PYTHONPATH=$PWD:$MTGR_TRT_PYTHONPATH \
-      "$base/trt/python/bin/python3.10" -m perf.tensorrt_plans "$@"
+    LD_LIBRARY_PATH=$MTGR_TRT_LD_LIBRARY_PATH${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} PYTHONHOME=$MTGR_TRT_PYTHONHOME \
+      PYTHONPATH=$PWD:$MTGR_TRT_PYTHONPATH "$base/trt/python/bin/python3.10" -m perf.tensorrt_plans "$@" --work "$work" "${cublas[@]}"
   }
-  found=$(find "$base/site" /usr/lib/python3* -path '*python_backend_stubs/3.10/triton_python_backend_stub' 2>/dev/null | head -n 1)
-  if [[ -n $found ]]; then stub=(--stub "$found"); fi
+  found=$(find "$base/site/" /usr/lib/python3* -path '*python_backend_stubs/3.10/triton_python_backend_stub' 2>/dev/null | head -n 1)
+  if [[ -n $found ]]; then stub=(--stub "$found"); else echo "tensorrt.sh: no stub of Triton for Python 3.10 was found" >&2; fi
 fi
+later=40 # seconds that must be left when builds end: PyTorch is timed, and the report written
+if [[ " ${steps[*]} " == *" measure "* ]]; then later=$((later + 120)); fi
+if [[ " ${steps[*]} " == *" serve "* ]]; then later=$((later + 90)); fi
 status=0
-step() { "$python" -m perf.tensorrt_gpu "$@" --work "$work" "${dry[@]}" || status=1; }
+gpu() { "$python" -m perf.tensorrt_gpu "$@" --work "$work" "${dry[@]}"; }
+say() { echo "== $(($(date +%s) - begin)) s: $*"; }
+keep() {
+  # Few files, as few can be brought back.
+  gpu report --out "$out/tensorrt.json" || status=1
+  for kind in server model; do
+    find "$work" -name "*$kind.log" -exec tail -v -c 40000 {} + >"$out/$kind-logs.txt"
+  done
+}
 for name in "${steps[@]}"; do
+  say "$name"
   case $name in
-    export) step export ;;
-    plans) plans --work "$work" --budget "$seconds" || status=1 ;;
-    serve) step serve "${stub[@]}" ;;
-    report) step report --out "$out/tensorrt.json" ;;
+    export) gpu export || status=1 ;;
+    build)
+      # PyTorch is compiled while plans are built, and timed when the GPU is free again.
+      rm -f "$work/built"
+      torch=
+      if [[ ! -e $work/torch.json ]]; then
+        TORCHINDUCTOR_COMPILE_THREADS=4 timeout "$seconds" "$python" -m perf.tensorrt_gpu torch --work "$work" \
+          "${dry[@]}" --wait "$work/built" &
+        torch=$!
+      fi
+      plans build --until "$((end - later))" || status=1
+      say "built"
+      touch "$work/built"
+      if [[ -n $torch ]]; then wait "$torch" || status=1; fi
+      ;;
+    measure) plans measure --until "$((end - 60))" || status=1 ;;
+    serve) gpu serve --until "$((end - 40))" "${stub[@]}" || status=1 ;;
+    report) ;;
     *) echo "tensorrt.sh: there is no step $name" >&2; exit 2 ;;
   esac
+  if [[ $name != export ]]; then keep; fi
 done
-# Few files, as few can be brought back.
-for kind in server model; do
-  find "$work" -name "*$kind.log" -exec tail -v -n 200 {} + >"$out/$kind-logs.txt"
-done
+say "end, status $status"
 exit "$status"

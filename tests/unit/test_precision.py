@@ -9,9 +9,12 @@ import onnx
 import pytest
 import torch
 
-from export.onnx import check_graph, export_fixed, graph_of, save_graph
+from export.agreement import check_graph
+from export.fixed import export_fixed
+from export.onnx_graphs import graph_of
 from export.precision import Agreement, Precision, mean_spearman, rounded_fp32, typed
 from export.rows import random_rows
+from export.trace import save_graph
 from mtgr.checkpoint import Checkpoint
 from mtgr.engines.onnx import OnnxEngine
 from tests.unit.models import small_catalog, small_config, small_schema, spread_model
@@ -84,9 +87,9 @@ def test_typed_graphs_err_as_pytorch_does(tmp_path: Path, precision: Precision) 
 
 
 def test_a_graph_of_one_shape_computes_no_shape(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    export_fixed(CHECKPOINT, "mtgr_onnx_rank", path, (2, 64, 16))
-    model = onnx.load(path)
+    manifest = export_fixed(CHECKPOINT, "mtgr_onnx_rank", tmp_path / "fixed", (2, 64, 16), opset=17)
+    assert (manifest.parity["shapes"], manifest.versions["opset"]) == ([[2, 64, 16]], "17")
+    model = onnx.load(tmp_path / "fixed" / "model.onnx")
     assert [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.input] == [
         [2, 64, SCHEMA.width],
         [2, 16, SCHEMA.width],
@@ -94,6 +97,6 @@ def test_a_graph_of_one_shape_computes_no_shape(tmp_path: Path) -> None:
     assert not {node.op_type for node in model.graph.node} & {"Shape", "Range", "ConstantOfShape", "NonZero", "Loop"}
     rows = random_rows(SCHEMA, CATALOG, 2, 64, 16, np.random.default_rng(3))
     inputs = {"context": rows[0].numpy(), "candidates": rows[1].numpy()}
-    found = OnnxEngine(path).infer(inputs, ["task_scores"])["task_scores"]
+    found = OnnxEngine(tmp_path / "fixed" / "model.onnx").infer(inputs, ["task_scores"])["task_scores"]
     with torch.inference_mode():
         np.testing.assert_allclose(found, CHECKPOINT.model(*rows).numpy(), rtol=0, atol=1e-5)
