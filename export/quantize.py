@@ -79,6 +79,8 @@ def quantize_for_tensorrt(source: Path, target: Path, calibration: Iterable[Inpu
                 # TensorRT wants a pair of its own before each product, also where two share an input.
                 "DedicatedQDQPair": True,
                 "QDQKeepRemovableActivations": True,
+                # TensorRT 8.6 takes weights in floating point, and quantises them itself when it builds.
+                "AddQDQPairToWeight": True,
             },
         )
     return len(nodes)
@@ -101,6 +103,8 @@ def int8_in_pytorch(module: nn.Module) -> nn.Module:
 
 def _round_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     (x,) = inputs
+    if not x.numel():  # retrieval has no candidates
+        return inputs
     low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
     scale = ((high - low) / 255).clamp(min=1e-12)
     zero = (-low / scale).round()

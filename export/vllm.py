@@ -14,11 +14,19 @@ from safetensors.torch import save_file
 from export.install import model_directory, template_hash
 from export.vllm_check import MODEL, SHAPES, check_engine
 from mtgr.checkpoint import MODEL_FILE, Checkpoint
-from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, MAX_TOKENS, SETTINGS_FILE, VLLMSettings, default_settings
+from mtgr.engines.vllm_settings import (
+    CPU_CACHE_BYTES,
+    MAX_TOKENS,
+    SETTINGS_FILE,
+    VLLMSettings,
+    default_settings,
+    kv_token_bytes,
+)
 from mtgr.errors import ConfigurationError
 from mtgr.files import write_json
 from mtgr.manifest import Manifest
 from mtgr.vllm_plugin import ARCHITECTURE, MODEL_TYPE, versions
+from mtgr.vllm_plugin.parallel import check_ranks
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -60,6 +68,7 @@ def vllm_settings(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> VLLMSet
             f"{SETTINGS_FILE}: max_model_len is {settings.max_model_len}; it must be above the longest context, "
             f"{longest}, to leave room for candidates."
         )
+    check_ranks(settings.tensor_parallel_size, config, SETTINGS_FILE)
     _check_memory(checkpoint, settings)
     return settings
 
@@ -77,17 +86,17 @@ def _check_memory(checkpoint: Checkpoint, settings: VLLMSettings) -> None:
     memory = settings.kv_cache_memory_bytes
     if memory is None and not torch.cuda.is_available():
         memory = CPU_CACHE_BYTES
-    config = checkpoint.config
-    width = 4 if precision(settings) == "fp32" else 2
-    token = config.num_layers * config.num_heads * (config.dqk + config.dv) * width
-    if config.relative_bias:
-        token += 8  # its time, twice
-    needed = pages * settings.block_size * token
+    needed = pages * settings.block_size * _token_bytes(checkpoint, settings)
     if memory is not None and memory < needed:
         raise ConfigurationError(
             f"{SETTINGS_FILE}: kv_cache_memory_bytes is {memory}; a request of max_model_len "
             f"{settings.max_model_len} takes {needed}, so raise the one or lower the other."
         )
+
+
+def _token_bytes(checkpoint: Checkpoint, settings: VLLMSettings) -> int:
+    number_bytes = 4 if _precision(settings) == "fp32" else 2  # keys and values are never quantised
+    return kv_token_bytes(checkpoint.config, number_bytes, settings.tensor_parallel_size)
 
 
 def parse_settings(options: Sequence[str]) -> dict[str, Any]:
@@ -139,7 +148,11 @@ def export_vllm(
     if check:
         print(" starting vLLM to check it ...", end="", flush=True)
         error = check_engine(checkpoint, version, settings, seed)
-        parity |= {"max_abs_error": error, "precision": "fp32", "shapes": [list(shape) for shape in SHAPES]}
+        parity |= {
+            "max_abs_error": error,
+            "precision": settings.quantization or "fp32",
+            "shapes": [list(shape) for shape in SHAPES],
+        }
     manifest = Manifest(
         model=MODEL,
         checkpoint=checkpoint.hash,
@@ -151,6 +164,8 @@ def export_vllm(
         details={
             "retrieve_count": checkpoint.model.retrieve_count,
             "settings": settings.to_dict(),
+            # Of keys and values, in the memory of each rank.
+            "kv_bytes_per_token": _token_bytes(checkpoint, settings),
             "template": template_hash(MODEL),
         },
     )
@@ -179,5 +194,9 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def precision(settings: VLLMSettings) -> str:
-    """Of weights and activations on this machine, in the manifests' words."""
+    """Of weights and activations on this machine, in the manifests' words; ``fp8`` where the blocks' products are."""
+    return settings.quantization or _precision(settings)
+
+
+def _precision(settings: VLLMSettings) -> str:
     return _PRECISIONS.get(settings.dtype, "bf16" if torch.cuda.is_available() else "fp32")

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from export.fp8 import fp8_in_pytorch
 from export.rows import random_rows
 from mtgr.checkpoint import Checkpoint
 from mtgr.engines.vllm_rows import Float32Array, Int32Array, VLLMRowEngine
 from mtgr.engines.vllm_settings import SETTINGS_FILE, VLLMSettings
 from mtgr.errors import ConfigurationError, MTGRError
+from mtgr.model import MTGR
 from mtgr.schema import FIRST_ID
 
 MODEL = "mtgr_vllm"
@@ -30,6 +32,8 @@ TOLERANCE = 1e-5  # absolute, on probabilities and cosine similarities: another 
 
 # Context and candidates of the requests that every export is checked on, without and with a cached context.
 SHAPES = ((1, 1), (7, 3), (64, 16), (130, 5), (200, 64), (512, 256))
+
+_Request = tuple[Int32Array, Int32Array]  # context and candidates
 
 _REQUESTS = "requests.npz"
 _ANSWERS = "answers.npz"
@@ -43,6 +47,8 @@ _REMEDY = "leave this check out with --skip-vllm-check, or export other engines 
 def check_engine(checkpoint: Checkpoint, version: Path, settings: VLLMSettings, seed: int) -> float:
     """Largest absolute error over ``SHAPES``, of an engine in fp32 with a small cache.
 
+    What is quantised may miss the reference by twice what PyTorch misses it by when it rounds alike.
+
     Args:
         checkpoint: The reference.
         version: Version directory with what the engine loads.
@@ -54,6 +60,9 @@ def check_engine(checkpoint: Checkpoint, version: Path, settings: VLLMSettings, 
             not find its context in the cache.
     """
     requests = _requests(checkpoint, seed)
+    tolerance = TOLERANCE
+    if settings.quantization is not None:
+        tolerance = max(TOLERANCE, 2 * _rounding_error(checkpoint.model, requests))
     with tempfile.TemporaryDirectory() as directory:
         trial = Path(directory)
         (trial / settings.model).symlink_to((version / settings.model).resolve(), target_is_directory=True)
@@ -62,8 +71,8 @@ def check_engine(checkpoint: Checkpoint, version: Path, settings: VLLMSettings, 
         _run(trial)
         with np.load(trial / _ANSWERS) as answers:
             return max(
-                _error(checkpoint, context, candidates, _Answer.load(answers, index), settings.block_size)
-                for index, (context, candidates) in enumerate(requests)
+                _error(checkpoint, request, _Answer.load(answers, index), settings.block_size, tolerance)
+                for index, request in enumerate(requests)
             )
 
 
@@ -90,7 +99,7 @@ class _Answer:
         return cls(**{field.name: archive[f"{field.name}_{index}"] for field in dataclasses.fields(cls)})
 
 
-def _requests(checkpoint: Checkpoint, seed: int) -> list[tuple[Int32Array, Int32Array]]:
+def _requests(checkpoint: Checkpoint, seed: int) -> list[_Request]:
     generator = np.random.default_rng(seed)
     requests = []
     for length, count in SHAPES:
@@ -100,7 +109,7 @@ def _requests(checkpoint: Checkpoint, seed: int) -> list[tuple[Int32Array, Int32
     return requests
 
 
-def _named(requests: list[tuple[Int32Array, Int32Array]]) -> dict[str, Int32Array]:
+def _named(requests: list[_Request]) -> dict[str, Int32Array]:
     return {
         f"{name}_{index}": rows
         for index, request in enumerate(requests)
@@ -145,16 +154,11 @@ def _run(trial: Path) -> None:
     raise ConfigurationError(f"{MODEL} was not installed, as vLLM failed, see above ({reason}); {_REMEDY}")
 
 
-def _error(
-    checkpoint: Checkpoint, context: Int32Array, candidates: Int32Array, answer: _Answer, block_size: int
-) -> float:
+def _error(checkpoint: Checkpoint, request: _Request, answer: _Answer, block_size: int, tolerance: float) -> float:
     """Largest difference of task scores, and of the similarities of what is retrieved."""
-    model, shape = checkpoint.model, f"{len(context)} x {len(candidates)} tokens"
-    rows, targets = torch.from_numpy(context)[None], torch.from_numpy(candidates)[None]
-    with torch.inference_mode():
-        scores = model(rows, targets)[0].numpy()
-        similarities = model.next_item_logits(rows)[0].numpy() * checkpoint.config.temperature
-        best = model.retrieve(rows)[1][0].numpy() * checkpoint.config.temperature
+    context, candidates = request
+    shape = f"{len(context)} x {len(candidates)} tokens"
+    scores, similarities, best = _reference(checkpoint.model, request)
     errors = {
         "cold": _difference(answer.first, scores),
         "cached": _difference(answer.again, scores),
@@ -165,9 +169,9 @@ def _error(
         ),
     }
     for name, error in errors.items():
-        if not error <= TOLERANCE:
+        if not error <= tolerance:
             raise ConfigurationError(
-                f"{MODEL} differs from PyTorch by {error:.1e} at {shape} ({name}), more than {TOLERANCE:.0e}; "
+                f"{MODEL} differs from PyTorch by {error:.1e} at {shape} ({name}), more than {tolerance:.0e}; "
                 "it was not installed."
             )
     if answer.cached[0] < len(context) // block_size * block_size:
@@ -176,6 +180,27 @@ def _error(
             "was repeated; it was not installed."
         )
     return max(errors.values())
+
+
+def _rounding_error(model: MTGR, requests: list[_Request]) -> float:
+    """Largest difference that FP8 makes in PyTorch, of task scores and of similarities."""
+    twin = fp8_in_pytorch(model)
+    return max(
+        float(np.abs(rounded - exact).max(initial=0.0))
+        for request in requests
+        for rounded, exact in zip(_reference(twin, request), _reference(model, request), strict=True)
+    )
+
+
+def _reference(model: MTGR, request: _Request) -> tuple[Float32Array, Float32Array, Float32Array]:
+    """Task scores, FP32 [k, T]; similarities of all items but the reserved, FP32 [I - 2], and the best of them."""
+    rows, targets = (torch.from_numpy(part)[None] for part in request)
+    with torch.inference_mode():
+        return (
+            model(rows, targets)[0].numpy(),
+            model.next_item_logits(rows)[0].numpy() * model.config.temperature,
+            model.retrieve(rows)[1][0].numpy() * model.config.temperature,
+        )
 
 
 def _found(similarities: Float32Array, items: Int32Array) -> Float32Array:

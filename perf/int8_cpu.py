@@ -21,10 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.onnx import SHAPES, calibration_inputs, check_graph, graph_of, save_graph
+from export.agreement import check_graph
+from export.differences import SHAPES
+from export.onnx import calibration_inputs
+from export.onnx_graphs import graph_of
 from export.quantize import quantize_for_cpu, quantize_for_tensorrt
 from export.requests import real_requests
 from export.rows import random_rows
+from export.trace import save_graph
 from mtgr.checkpoint import Checkpoint, load_checkpoint
 from mtgr.config import preset
 from mtgr.engines.onnx import OnnxEngine

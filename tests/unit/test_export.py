@@ -19,9 +19,10 @@ from torch import Tensor
 
 import export.onnx as onnx_export
 from export.__main__ import export, is_installed, main
+from export.differences import SHAPES
 from export.engines import EXPORTERS, Job
 from export.graphs import RankGraph, RetrieveGraph
-from export.onnx import SHAPES, TOLERANCE
+from export.precision import TOLERANCE
 from export.rows import random_rows
 from mtgr.bundle import STORE_FILE, load_bundle
 from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -146,6 +147,17 @@ def test_graphs_agree_with_the_network_at_other_shapes(
     np.testing.assert_allclose(baseline["task_scores"], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_history", [100, 200])
+def test_random_rows_are_as_long_as_they_shall_be(max_history: int) -> None:
+    schema = small_schema(max_history=max_history)
+    for seed in range(20):
+        rows, _ = random_rows(schema, CATALOG, 2, schema.max_context, 3, np.random.default_rng(seed))
+        assert (rows[0, :, 0] > 0).all()
+        assert rows[0, :, 1].tolist() == list(range(schema.max_context))
+    with pytest.raises(ConfigurationError, match=f"have {schema.max_context} tokens at most, not 999"):
+        random_rows(schema, CATALOG, 1, 999, 3, np.random.default_rng(0))
+
+
 def test_manifests_say_what_was_made_of_what(exported: Path, checkpoint: Path) -> None:
     expected = load_checkpoint(checkpoint)
     width, tasks, count = SCHEMA.width, len(SCHEMA.tasks), expected.model.retrieve_count
@@ -211,9 +223,9 @@ def test_a_graph_that_misses_the_tolerance_leaves_everything_as_it_was(
     copy: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, broken: type, model: str
 ) -> None:
     loaded = load_checkpoint(checkpoint)
-    graph = next(entry for entry in onnx_export._graphs(loaded) if entry.name == model)
+    graph = next(entry for entry in onnx_export.graphs_of(loaded) if entry.name == model)
     wrong = dataclasses.replace(graph, module=broken(loaded.model))
-    monkeypatch.setattr(onnx_export, "_graphs", lambda *_: (wrong,))
+    monkeypatch.setattr(onnx_export, "graphs_of", lambda *_: (wrong,))
     before = fingerprint(copy)
     assert f"{model}/1/model.onnx" in before
     with pytest.raises(ConfigurationError, match=f"{model} in fp32 was not installed: it differs from PyTorch by"):
@@ -239,7 +251,7 @@ def test_a_first_export_that_fails_leaves_nothing(
 def test_scores_that_are_not_numbers_do_not_pass(checkpoint: Path) -> None:
     poisoned = {"task_scores": np.full((1, 1, 3), np.nan, dtype=np.float32)}
     loaded = load_checkpoint(checkpoint)
-    graph = onnx_export._graphs(loaded)[0]
+    graph = onnx_export.graphs_of(loaded)[0]
     context, rows = batch([random_user(SCHEMA, np.random.default_rng(0), candidates=1)])
     assert graph.error(poisoned, loaded, context, rows) == float("inf")
     assert graph.error(poisoned, loaded, context, rows.repeat(1, 2, 1)) == float("inf")  # another shape

@@ -9,10 +9,13 @@ import onnx
 import pytest
 import torch
 
-from export.onnx import calibration_inputs, check_graph, graph_of, save_graph
+from export.agreement import check_graph
+from export.onnx import calibration_inputs
+from export.onnx_graphs import graph_of
 from export.quantize import int8_in_pytorch, quantize_for_cpu, quantize_for_tensorrt, weight_products
 from export.requests import RealRequests
 from export.rows import random_rows
+from export.trace import save_graph
 from tests.unit.test_export import one_thread
 from tests.unit.test_precision import CATALOG, CHECKPOINT, SCHEMA, SHAPES
 
@@ -62,6 +65,9 @@ def test_graphs_for_tensorrt_are_symmetric_pairs_around_weight_products(source: 
             weight = sources[1]
             assert weight is not None
             assert tensors[weight.input[1]].ndim == 1, "weights have one scale per output channel"
+            rounder = made_by[weight.input[0]]
+            assert rounder.op_type == "QuantizeLinear", "TensorRT 8.6 wants to round weights itself"
+            assert tensors[rounder.input[0]].dtype == np.float32
     assert pairs == count >= 8
     agreement = check_graph(graph_of(CHECKPOINT, "mtgr_onnx_rank", "int8"), target, CHECKPOINT, SHAPES, 1)
     assert agreement.error < 0.2
