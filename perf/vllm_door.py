@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -94,11 +95,9 @@ async def _crossover(
             samples: dict[str, list[float]] = {"cold": [], "warm": []}
             for index in range(options.rounds + warming):
                 for state in samples:
-                    candidates = generator.choice(items, CANDIDATES, replace=False)
-                    start = time.perf_counter()
-                    await client.rank(f"user-{context}-{index}", candidates, strategy="vllm", request_time=MOMENT)
+                    taken = await rank_ms(client, request_of(f"user-{context}-{index}", items, generator))
                     if index >= warming:
-                        samples[state].append(1e3 * (time.perf_counter() - start))
+                        samples[state].append(taken)
             config, cached = preset(options.preset), context // PAGE * PAGE
             floors = {
                 "cold": floor(config, context, CANDIDATES).milliseconds,
@@ -130,13 +129,7 @@ async def _throughput(server: TritonServer, folder: Path, options: argparse.Name
     callers = {}
     for strategy in runs:
         requests = [
-            RecommendationRequest(
-                f"user-512-{user}",
-                None,
-                generator.choice(items, CANDIDATES, replace=False),
-                request_time=MOMENT,
-                strategy=strategy,
-            )
+            request_of(f"user-512-{user}", items, generator, strategy)
             for user in tqdm(users, desc=f"requests of {strategy}", leave=False)
         ]
         callers[strategy] = RawCaller(server.grpc_url, requests, timeout=20.0)
@@ -176,6 +169,21 @@ async def _throughput(server: TritonServer, folder: Path, options: argparse.Name
     }
 
 
+def request_of(
+    user: str, items: npt.NDArray[np.int64], generator: np.random.Generator, strategy: str = "vllm"
+) -> RecommendationRequest:
+    """A user's request at ``MOMENT`` for candidates drawn from ``items``."""
+    candidates = generator.choice(items, CANDIDATES, replace=False)
+    return RecommendationRequest(user, None, candidates, request_time=MOMENT, strategy=strategy)
+
+
+async def rank_ms(client: AsyncMTGRClient, request: RecommendationRequest) -> float:
+    """Milliseconds that a caller waits for the scores of a request."""
+    start = time.perf_counter()
+    await client.infer(request)
+    return 1e3 * (time.perf_counter() - start)
+
+
 PRECISION = {"vllm": "bf16" if DEVICE == "cuda" else "fp32", "baseline": "fp32"}
 
 
@@ -208,7 +216,7 @@ def started(
         (options.out / ".turn").open("w") as lock,
         TritonServer(repository, log=options.out / f"server-{options.section}-{options.preset}.log") as server,
     ):
-        asyncio.run(_wait_for_engine(server))
+        asyncio.run(wait_for_engine(server))
         print(f"   vllm answers after {time.perf_counter() - start:.0f} s", flush=True)
         while options.start_when is not None and not options.start_when.exists():
             time.sleep(0.2)
@@ -216,7 +224,7 @@ def started(
         yield server
 
 
-async def _wait_for_engine(server: TritonServer, seconds: float = 300.0) -> None:
+async def wait_for_engine(server: TritonServer, seconds: float = 300.0) -> None:
     """Ask until vLLM, which starts behind the ready server, answers."""
     end = time.perf_counter() + seconds
     async with AsyncMTGRClient(server.grpc_url, timeout=60) as client:

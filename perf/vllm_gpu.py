@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from export.fp8 import fp8_in_pytorch
 from export.rows import random_rows
 from export.vllm import write_folder
 from mtgr.checkpoint import Checkpoint
@@ -48,6 +49,7 @@ PROFILED = 10  # requests
 MAX_HISTORY = 2000  # so that a context of 2,048 tokens is not cut
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDE = "bfloat16" if DEVICE == "cuda" else "float32"  # what FP8 is not for
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", action="append", choices=preset_names(), help="of parity and crossover")
     parser.add_argument("--context", type=int, action="append", help="tokens, of crossover")
     parser.add_argument("--kv-gib", type=int, help="memory of the cache, where engines share a GPU; all by default")
-    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--dtype", default=WIDE, help="precision; fp8 is FP8 in the blocks' products")
+    parser.add_argument("--in-process", action="store_true", help="engines in threads of this process")
     parser.add_argument("--eager", action="store_true", help="launch kernels one by one, without CUDA graphs")
     parser.add_argument("--users", type=int, default=2000, help="of throughput")
     parser.add_argument("--concurrency", type=int, default=256, help="of throughput")
@@ -71,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for name in options.section or list(SECTIONS):
         for variant in SECTIONS[name][1](options):
-            launched = "-eager" if options.eager else ""
+            launched = ("-eager" if options.eager else "") + ("-in-process" if options.in_process else "")
             path = options.out / f"vllm-{name}-{variant}{launched}.json"
             if options.resume and path.exists():
                 continue
@@ -102,7 +105,9 @@ async def parity(options: argparse.Namespace, variant: str) -> dict[str, Any]:
 
     wanted = [dense(user) for user in users]
     folder = Engine(model, options, dtype)
-    network = network.to(getattr(torch, dtype))
+    if dtype == "fp8":
+        network = fp8_in_pytorch(network)
+    network = network.to(wide(dtype))
     native = max(float(np.abs(dense(user) - one).max()) for user, one in zip(users, wanted, strict=True))
     async with folder as engine:
         worst = {"cold": 0.0, "warm": 0.0}
@@ -124,7 +129,7 @@ async def parity(options: argparse.Namespace, variant: str) -> dict[str, Any]:
 
 async def crossover(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Milliseconds of first and second requests by context, one at a time, with the floor of each."""
-    model = checkpoint(name, options.seed, getattr(torch, options.dtype))
+    model = checkpoint(name, options.seed, wide(options.dtype))
     table = []
     async with Engine(model, options, options.dtype) as engine:
         for context in options.context or CONTEXTS:
@@ -156,7 +161,7 @@ async def crossover(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 async def overhead(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """What the engine adds to a cached request beyond the GPU's work, which vLLM's profiler tells."""
-    model = checkpoint(name, options.seed, getattr(torch, options.dtype))
+    model = checkpoint(name, options.seed, wide(options.dtype))
     user = rows(model, 1024, CANDIDATES, options.seed)
     samples: list[float] = []
     async with Engine(model, options, options.dtype, profiled=True) as engine:
@@ -177,7 +182,7 @@ async def overhead(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 async def throughput(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Requests a second of concurrent callers over users of Zipf(1.0) popularity; the dense network in batches."""
-    model = checkpoint(name, options.seed, getattr(torch, options.dtype))
+    model = checkpoint(name, options.seed, wide(options.dtype))
     generator = np.random.default_rng(options.seed)
     contexts = [rows(model, 512, 1, options.seed + index)[0] for index in range(options.users)]
     candidates = rows(model, 512, CANDIDATES, options.seed)[1]
@@ -218,7 +223,11 @@ async def throughput(options: argparse.Namespace, name: str) -> dict[str, Any]:
 SECTIONS: dict[str, tuple[Callable[..., Awaitable[Any]], Callable[[argparse.Namespace], list[str]]]] = {
     "parity": (
         parity,
-        lambda options: [f"{name}-{dtype}" for name in options.preset or ["small", "medium"] for dtype in DTYPES],
+        lambda options: [
+            f"{name}-{dtype}"
+            for name in options.preset or ["small", "medium"]
+            for dtype in (["fp8"] if options.dtype == "fp8" else DTYPES)
+        ],
     ),
     "overhead": (overhead, lambda options: options.preset or ["large"]),
     "throughput": (throughput, lambda options: options.preset or ["xlarge"]),
@@ -241,7 +250,9 @@ class Engine:
         settings = VLLMSettings(
             max_model_len=longest,
             max_num_batched_tokens=max(8192, longest),
-            dtype=dtype,
+            dtype=WIDE if dtype == "fp8" else dtype,
+            quantization="fp8" if dtype == "fp8" else None,
+            in_process=options.in_process,
             # With the cache's memory given it says only what must be free at the start.
             gpu_memory_utilization=0.05 if options.kv_gib else 0.85,
             kv_cache_memory_bytes=options.kv_gib and options.kv_gib << 30,
@@ -295,6 +306,12 @@ class Engine:
             if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
                 total[event["name"]] = total.get(event["name"], 0.0) + event["dur"] / 1e3 / PROFILED
         return total
+
+
+def wide(dtype: str) -> torch.dtype:
+    """Of what is not in FP8."""
+    found: torch.dtype = getattr(torch, WIDE if dtype == "fp8" else dtype)
+    return found
 
 
 def checkpoint(name: str, seed: int, dtype: torch.dtype) -> Checkpoint:

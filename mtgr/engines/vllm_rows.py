@@ -1,10 +1,9 @@
-"""The ``vllm`` engine: rows in, scores out, through one AsyncLLM."""
+"""The ``vllm`` engine: rows in, scores out, through one engine of vLLM's."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import os
 import time
 from collections.abc import Mapping
@@ -18,12 +17,14 @@ import torch
 
 from mtgr.config import ModelConfig
 from mtgr.engines.rows import RowChecker
-from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, VLLMSettings
+from mtgr.engines.vllm_runner import ProcessRunner, Recorder, Runner, ThreadRunner
+from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, SETTINGS_FILE, VLLMSettings
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
 from mtgr.files import read_json
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
-from mtgr.vllm_plugin import CANDIDATES, CONTEXT_TOKENS, CUDA_GRAPHS, SCHEDULER, register
+from mtgr.vllm_plugin import CANDIDATES, CONTEXT_TOKENS, CUDA_GRAPHS, QUANTIZATION, SCHEDULER, register
 from mtgr.vllm_plugin.orphans import mark_children
+from mtgr.vllm_plugin.parallel import check_ranks
 from mtgr.vllm_plugin.rows import RowCodec, trimmed, visible_lengths
 
 Float32Array = npt.NDArray[np.float32]
@@ -80,20 +81,27 @@ class VLLMRowEngine:
     Requests run side by side, each answered when it is done. One that is cancelled is taken out of the engine.
     """
 
-    def __init__(self, engine: Any, settings: VLLMSettings, config: ModelConfig, schema: Schema, version: str) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        recorder: Recorder,
+        settings: VLLMSettings,
+        config: ModelConfig,
+        schema: Schema,
+        version: str,
+    ) -> None:
         self.schema = schema
         self.retrieve_count = min(config.retrieve_count, schema.num_items - FIRST_ID)
         self.max_candidates = max(1, settings.max_model_len - schema.max_context)
-        self._engine = engine
+        self._runner = runner
+        self._recorder = recorder
         self._max_tokens = settings.max_model_len
         self._static_attention = config.static_attention
-        self._dtype = engine.model_config.dtype
+        self._dtype = runner.dtype
         self._codec = RowCodec(schema)
         self._checker = RowChecker(schema, config.max_positions)
         self._identity = hashlib.sha256(f"{version} {schema.hash}".encode())
         self._counters: dict[str, Any] = {}
-        self._numbers = itertools.count()
-        self._recorder: _Recorder | None = None
 
     @classmethod
     async def start(
@@ -119,13 +127,13 @@ class VLLMRowEngine:
             version = str(described["model_version"])
         except (KeyError, TypeError) as error:
             raise ConfigurationError(f"{folder / 'config.json'} is not a model of MTGR; run `make export`.") from error
+        check_ranks(settings.tensor_parallel_size, config, SETTINGS_FILE)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the processes that vLLM starts
         mark_children()
         register()
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = AsyncEngineArgs(
             **_engine_arguments(settings),
@@ -140,17 +148,21 @@ class VLLMRowEngine:
             use_tqdm_on_load=False,
             **(more or {}),
         )
-        recorder = _Recorder()
+        recorder = Recorder()
+
+        def make() -> Runner:
+            if settings.in_process:
+                return ThreadRunner(arguments, recorder, threads)
+            return ProcessRunner(arguments, recorder)
+
         try:
             # In a thread: it takes ten seconds, and the loop has requests to refuse meanwhile.
-            engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=[recorder.attach])
+            runner = await asyncio.to_thread(make)
         except MTGRError:
             raise
         except Exception as error:  # vLLM has no base class of its errors; whatever it is, the engine is not there
             raise ConfigurationError(f"vLLM did not start: {error}") from error
-        started = cls(engine, settings, config, schema, version)
-        started._recorder = recorder
-        return started
+        return cls(runner, recorder, settings, config, schema, version)
 
     @classmethod
     async def start_warm(
@@ -239,23 +251,19 @@ class VLLMRowEngine:
     @property
     def failure(self) -> str | None:
         """Why the engine cannot answer any more; None while it can."""
-        return "vLLM's engine has ended; the log says why." if self._engine.errored else None
+        return "vLLM's engine has ended; the log says why." if self._runner.errored else None
 
     def statistics(self) -> EngineStatistics:
         """What the engine did so far."""
-        gauges = self._recorder.values() if self._recorder is not None else {}
-        return EngineStatistics(**self._counters, **gauges)
+        return EngineStatistics(**self._counters, **self._recorder.values())
 
     async def profile(self, run: bool) -> None:
         """Start or stop the profiler that ``start`` was given in ``more``."""
-        await (self._engine.start_profile() if run else self._engine.stop_profile())
+        await self._runner.profile(run)
 
     def shutdown(self) -> None:
-        """End the engine's processes, which takes seconds; requests in flight fail. From any thread."""
-        listener = self._engine.output_handler
-        if listener is not None:  # or it would report as an error that the processes ended
-            listener.get_loop().call_soon_threadsafe(listener.cancel)
-        self._engine.shutdown()
+        """End the engine, which takes seconds; requests in flight fail. From any thread."""
+        self._runner.shutdown()
 
     def _context(self, rows: Int32Array) -> tuple[Int32Array, Int32Array, str]:
         """The rows without padding, what each token sees, and the salt of their cache blocks."""
@@ -278,7 +286,6 @@ class VLLMRowEngine:
     async def _run(self, context: Int32Array, visible: Int32Array, candidates: Int32Array, salt: str) -> torch.Tensor:
         """One request of vLLM: FP32 [k, T], or FP64 [m, 2] without candidates."""
         from vllm import PoolingParams
-        from vllm.inputs import embeds_input
 
         n, k = len(context), len(candidates)
         rows = np.concatenate([context, candidates])
@@ -288,86 +295,65 @@ class VLLMRowEngine:
             extra_kwargs={CONTEXT_TOKENS: n, CANDIDATES: k},
             skip_reading_prefix_cache=False,
         )
-        # In the form that vLLM makes of a prompt: it is not handed to a thread that would make it.
-        prompt = embeds_input(self._codec.encode(rows, seen, self._dtype), cache_salt=salt)
         try:
-            # There is one output: the engine computes a request in one step.
-            outputs = [out async for out in self._engine.encode(prompt, params, request_id=str(next(self._numbers)))]
+            answer = await self._runner.run(self._codec.encode(rows, seen, self._dtype), params, salt)
         except asyncio.CancelledError:
             self._count(aborted=1)
             raise
         except Exception as error:  # vLLM's errors share no base class
             self._count(failed=1)
             raise UnavailableError(self.failure or f"vLLM failed: {error}") from error
-        data: torch.Tensor = outputs[-1].outputs.data
-        if not bool(torch.isfinite(data).all()):
+        if not bool(torch.isfinite(answer.data).all()):
             self._count(failed=1)
             raise UnavailableError("vLLM returned scores that are not finite numbers")
-        cached = int(outputs[-1].num_cached_tokens or 0)
-        self._count(requests=1, context_tokens=n, context_tokens_cached=cached, candidate_tokens=k)
-        return data
+        self._count(requests=1, context_tokens=n, context_tokens_cached=answer.cached, candidate_tokens=k)
+        return answer.data
 
     def _count(self, **amounts: int) -> None:
         for name, amount in amounts.items():
             self._counters[name] = self._counters.get(name, 0) + amount
 
 
-class _Recorder:
-    """Takes vLLM's statistics as they come."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, Any] = {}
-
-    def attach(self, vllm_config: Any, engine_index: int = 0) -> _Recorder:
-        """Be the logger that vLLM asks for."""
-        return self
-
-    def values(self) -> dict[str, Any]:
-        """Values by the names of ``EngineStatistics``."""
-        return dict(self._values)
-
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-    ) -> None:
-        """Called by vLLM after every step."""
-        values = self._values
-        if scheduler_stats is not None:
-            values["running"] = scheduler_stats.num_running_reqs
-            values["waiting"] = scheduler_stats.num_waiting_reqs
-            values["kv_usage"] = float(scheduler_stats.kv_cache_usage)
-        if iteration_stats is not None:
-            values["preemptions"] = values.get("preemptions", 0) + iteration_stats.num_preempted_reqs
-            queued = sum(request.queued_time for request in iteration_stats.finished_requests)
-            values["queue_seconds"] = values.get("queue_seconds", 0.0) + queued
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""
-
-    def log(self) -> None:
-        """Nothing to write."""
-
-    def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
-        """The engine never sleeps."""
-
-
 def _engine_arguments(settings: VLLMSettings) -> dict[str, Any]:
     """Arguments of vLLM that the settings decide."""
     arguments = settings.to_dict()
-    del arguments["model"]
-    # vLLM has no graphs for pooling models: the plugin's own are asked for where vLLM leaves room for a platform's.
-    arguments["additional_config"] = {CUDA_GRAPHS: not settings.enforce_eager}
+    del arguments["model"], arguments["in_process"]
+    # vLLM has no graphs for pooling models, and its quantised layers are of its own networks: the plugin's own are
+    # asked for where vLLM leaves room for a platform's.
+    arguments["additional_config"] = {CUDA_GRAPHS: not settings.enforce_eager, QUANTIZATION: settings.quantization}
+    del arguments["quantization"], arguments["kv_offload_gib"]
+    if settings.kv_offload_gib:
+        arguments["kv_offloading_size"] = settings.kv_offload_gib
     arguments["enforce_eager"] = True
     on_gpu = torch.cuda.is_available()
+    if settings.kv_offload_gib and not on_gpu:
+        raise ConfigurationError(f"{SETTINGS_FILE}: kv_offload_gib needs a GPU whose pages it holds; set it to 0.")
     if settings.dtype == "auto":
         arguments["dtype"] = "bfloat16" if on_gpu else "float32"
     if settings.kv_cache_memory_bytes is None and not on_gpu:
         # A host's memory is not the engine's own, of which vLLM would take gpu_memory_utilization.
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-    if not on_gpu and os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind":
+    if settings.tensor_parallel_size > 1:
+        if on_gpu:
+            _check_gpus(settings.tensor_parallel_size)
+        arguments["distributed_executor_backend"] = "mp"
+        # A copy of a process that has threads and a GPU may stop wherever one of them held a lock.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    elif not on_gpu and os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind":
         # Compute in the engine's own process, as on a GPU. By this name, for vLLM turns "uni" into a process more,
         # whose threads it can bind to cores.
         arguments["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _check_gpus(ranks: int) -> None:
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        there = "there is 1 GPU" if gpus == 1 else f"there are {gpus} GPUs"
+        raise ConfigurationError(
+            f"{SETTINGS_FILE}: tensor_parallel_size is {ranks}, but {there}; set it to {gpus}, or start the server "
+            "with more GPUs visible."
+        )
 
 
 class _limit:  # noqa: N801 - used as a statement

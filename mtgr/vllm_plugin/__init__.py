@@ -5,7 +5,8 @@ MODEL_TYPE = "mtgr"
 SCHEDULER = "mtgr.vllm_plugin.scheduler.ContextScheduler"
 # Of a request's extra_kwargs: how many of its leading tokens are context, and how many candidates follow.
 CONTEXT_TOKENS, CANDIDATES = "context_tokens", "candidates"
-CUDA_GRAPHS = "mtgr_cuda_graphs"  # key of additional_config: whether steps run as captured graphs
+# Keys of additional_config: whether steps run as captured graphs, and what the blocks' weights are rounded to.
+CUDA_GRAPHS, QUANTIZATION = "mtgr_cuda_graphs", "mtgr_quantization"
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,12 @@ class StepGraphs:
         compute: Trunk outputs, float [T, d], and scores, FP32 [T, tasks], of embeds, float [T, w], and the step's
             metadata. Its launches depend on shapes only.
         max_tokens: Of a step.
+        is_shared: Whether ``compute`` exchanges numbers with other ranks, all of which run the same steps.
     """
 
-    def __init__(self, compute: Compute, max_tokens: int) -> None:
+    def __init__(self, compute: Compute, max_tokens: int, is_shared: bool = False) -> None:
         self._compute = compute
+        self._is_shared = is_shared
         self._sizes = graph_sizes(max_tokens)
         self._captured: dict[int, Captured] = {}
         self._embeds: Tensor | None = None
@@ -109,12 +112,24 @@ class StepGraphs:
         self._query_start = metadata.query_start.new_zeros(graph_requests(most) + 1)
         self._block_table = metadata.block_table.new_zeros(graph_requests(most), metadata.block_table.shape[1])
         pool = new_pool()
-        for size in reversed(self._sizes):
-            requests = graph_requests(size)
-            step = StepMetadata(
-                size, self._query_start[: requests + 1], self._block_table[:requests], self._slots[:size]
-            )
-            self._captured[size] = capture(self._compute, self._embeds[:size], step, pool)
+        with capturing(device) if self._is_shared else nullcontext():
+            for size in reversed(self._sizes):
+                requests = graph_requests(size)
+                step = StepMetadata(
+                    size, self._query_start[: requests + 1], self._block_table[:requests], self._slots[:size]
+                )
+                self._captured[size] = capture(self._compute, self._embeds[:size], step, pool)
+
+
+def capturing(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it all-reduces may be captured: vLLM's own needs the buffers of all graphs, and exchanges them at the end.
+
+    Until then it sums nothing outside of a capture; graphs are right from the first replay on.
+    """
+    from vllm.distributed.parallel_state import graph_capture
+
+    context: AbstractContextManager[Any] = graph_capture(device)
+    return context
 
 
 def new_pool() -> Any:

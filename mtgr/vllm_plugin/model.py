@@ -11,18 +11,21 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
 from mtgr.errors import ConfigurationError
-from mtgr.kernels.norm import gated_group_norm, group_norm
+from mtgr.kernels.norm import fp8_group_norm, gated_group_norm, group_norm
 from mtgr.kernels.paged_attention import PagedBias, time_bucket_edges, warm_up
 from mtgr.model.hstu import HSTUBlock
 from mtgr.model.mtgr import MTGR
 from mtgr.model.norm import GroupLayerNorm
 from mtgr.schema import SLOT_COLUMN, TYPE_COLUMN, TokenType
-from mtgr.vllm_plugin import CUDA_GRAPHS
+from mtgr.vllm_plugin import CUDA_GRAPHS, QUANTIZATION
 from mtgr.vllm_plugin.attention import PagedAttention, Step, TokenTimes
 from mtgr.vllm_plugin.config import MTGRConfig
 from mtgr.vllm_plugin.graphs import StepGraphs
+from mtgr.vllm_plugin.linear import FP8Linear, fp8_network
+from mtgr.vllm_plugin.parallel import Ranks, WeightSplit, check_ranks, rank_config, vllm_ranks
 from mtgr.vllm_plugin.pooler import ScorePooler
 from mtgr.vllm_plugin.rows import RowCodec
+from mtgr.vllm_plugin.split_norm import fp8_split_group_norm, split_group_norm
 from mtgr.vllm_plugin.step import StepMetadata
 
 
@@ -30,6 +33,7 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
     """Ranks and retrieves; its pooler says which, request by request.
 
     All but attention's sum over keys is ``mtgr.model``'s own, parameters and equations: the two cannot drift apart.
+    With tensor parallelism this is a rank's part of the network (``mtgr.vllm_plugin.parallel``), and H its heads.
     Shapes: T tokens of a step, padding included.
     """
 
@@ -45,10 +49,14 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         dtype = vllm_config.model_config.dtype
         self.config = config
         self.codec = RowCodec(schema)
-        self.network = MTGR(model, schema, int(config.mtgr["num_features"])).eval()
+        self.ranks = vllm_ranks()
+        check_ranks(self.ranks.size, model, "config.json")
+        own = rank_config(model, self.ranks.size)
+        is_fp8 = vllm_config.additional_config.get(QUANTIZATION) == "fp8"
+        self.network = (fp8_network if is_fp8 else MTGR)(own, schema, int(config.mtgr["num_features"])).eval()
         self.attention = nn.ModuleList(
-            PagedAttention(f"layers.{index}", model.num_heads, model.dqk, model.attention_norm_length, dtype)
-            for index in range(model.num_layers)
+            PagedAttention(f"layers.{index}", own.num_heads, own.dqk, own.attention_norm_length, dtype)
+            for index in range(own.num_layers)
         )
         self.times = TokenTimes("times.0") if model.relative_bias else None
         self._bias_tables: list[tuple[Tensor, Tensor]] = []
@@ -60,7 +68,7 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         self.register_buffer("rows", torch.zeros(max_tokens, schema.width, dtype=torch.int32), persistent=False)
         self.pooler = ScorePooler(self.network, self.rows)
         captured = self.rows.is_cuda and vllm_config.additional_config.get(CUDA_GRAPHS, False)
-        self.graphs = StepGraphs(self._trunk_and_scores, max_tokens) if captured else None
+        self.graphs = StepGraphs(self._trunk_and_scores, max_tokens, self.ranks.size > 1) if captured else None
 
     def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Rows of padding: requests never have token ids."""
@@ -107,25 +115,36 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         blocks: Iterable[tuple[Any, Any]] = zip(self.network.blocks, self.attention, strict=True)
         for index, (block, attention) in enumerate(blocks):
             bias = None if step.bias is None else step.bias.for_layer(*self._bias_tables[index])
-            x = _block(block, attention, x, types, step, bias)
+            x = _block(block, attention, x, types, step, bias, self.ranks)
         return _normalise(self.network.output_norm, x, types)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take the checkpoint's tensors.
+        """Take the checkpoint's tensors, of divided ones this rank's part.
 
         Raises:
             ConfigurationError: If one is missing, unknown, or of another shape.
         """
-        own = self.network.state_dict()
+        layers = {f"{name}.": layer for name, layer in self.network.named_modules() if isinstance(layer, FP8Linear)}
+        quantised = {f"{name}weight": layer for name, layer in layers.items()}
+        made = {f"{name}{part}" for name in layers for part in ("data", "scales")}
+        own = {name: tensor for name, tensor in self.network.state_dict().items() if name not in made}
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+        shapes |= {name: torch.Size(layer.shape) for name, layer in quantised.items()}
+        split = WeightSplit(self.config.network_config, self.ranks)
+        shapes = {name: split.whole_shape(name, shape) for name, shape in shapes.items()}
         loaded = set()
         for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
+            if shapes.get(name) != tensor.shape:
                 raise ConfigurationError(
                     f"{name} in model.safetensors does not belong to the model in config.json; run `make export` again."
                 )
-            own[name].copy_(tensor)
+            part = split.part(name, tensor)
+            if name in quantised:
+                quantised[name].load(part)
+            else:
+                own[name].copy_(part)
             loaded.add(name)
-        missing = set(own) - loaded
+        missing = set(shapes) - loaded
         if missing:
             raise ConfigurationError(f"model.safetensors lacks {min(missing)}; run `make export` again.")
         self.network.keep_catalogue()
@@ -198,13 +217,31 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
 
 
 def _block(
-    block: HSTUBlock, attention: PagedAttention, x: Tensor, types: Tensor, step: Step, bias: PagedBias | None
+    block: HSTUBlock,
+    attention: PagedAttention,
+    x: Tensor,
+    types: Tensor,
+    step: Step,
+    bias: PagedBias | None,
+    ranks: Ranks,
 ) -> Tensor:
-    """``HSTUBlock.forward`` with the keys of the context in the paged cache; float [T, d]."""
-    u, v, q, k = block.projected(_normalise(block.input_norm, x, types))
+    """``HSTUBlock.forward`` with the keys of the context in the paged cache; float [T, d], the same on every rank."""
+    norm, layer = block.input_norm, block.uvqk
+    if isinstance(layer, FP8Linear):
+        rows = fp8_group_norm(x, types, norm.gain, norm.bias, norm.epsilon)
+        u, v, q, k = layer(rows, is_silu=True).split(block.split, dim=-1)
+    else:
+        u, v, q, k = block.projected(_normalise(norm, x, types))
     q, k, v = (part.unflatten(-1, (block.num_heads, -1)) for part in (q, k, v))
     attended = attention(q, k, v, step, bias).flatten(1)
-    norm = block.output_norm
+    norm, is_fp8 = block.output_norm, isinstance(block.output, FP8Linear)
+    if ranks.size > 1:
+        normalise = fp8_split_group_norm if is_fp8 else split_group_norm
+        gated = normalise(attended, types, norm.gain, norm.bias, norm.epsilon, u, ranks)
+        return x + ranks.all_reduce(block.output(gated))
+    if is_fp8:
+        update: Tensor = block.output(fp8_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u))
+        return x + update
     return block.update(x, gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,11 +89,13 @@ class Served:
         return self.engine.statistics().context_tokens_cached
 
 
-def start(directory: Path, **overrides: Any) -> tuple[Served, threading.Thread]:
+def start(
+    directory: Path, settings: Mapping[str, Any] | None = None, **overrides: Any
+) -> tuple[Served, threading.Thread]:
     """Start an engine whose network has random weights and scores that spread."""
     schema, config = small_schema(), small_config(**overrides)
     model = spread_model(config, schema, small_catalog(), seed=1)
-    write_engine(directory / "1", model, config, schema)
+    write_engine(directory / "1", model, config, schema, **(settings or {}))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

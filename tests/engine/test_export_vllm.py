@@ -39,6 +39,14 @@ def test_command_line_checks_and_installs(checkpoint: Path, tmp_path: Path, capf
     assert "holds the engines" in capfd.readouterr().out
 
 
+def test_fp8_is_checked_by_what_it_costs_in_pytorch(checkpoint: Path, tmp_path: Path) -> None:
+    command = ["--checkpoint", str(checkpoint), "--model-repository", str(tmp_path), "--engine", "vllm"]
+    assert main([*command, "--vllm", "quantization=fp8", "--vllm", "max_model_len=800"]) == 0
+    manifest = Manifest.load(tmp_path / "mtgr_vllm" / "1")
+    assert manifest.precision == manifest.parity["precision"] == "fp8"
+    assert manifest.parity["max_abs_error"] > 10 * TOLERANCE  # it was FP8 that answered
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -35,7 +35,7 @@ def test_the_engine_computes_with_the_threads_it_is_given(tmp_path: Path, monkey
     async def ask() -> tuple[int, int, int, list[str]]:
         engine = await VLLMRowEngine.start(tmp_path / "1", THREADS)
         try:
-            ((process, within, between),) = await engine._engine.collective_rpc(count_threads)
+            ((process, within, between),) = await engine._runner._engine.collective_rpc(count_threads)
             environment = Path(f"/proc/{process}/environ").read_text().split("\0")
             return process, within, between, [entry for entry in environment if entry.startswith("OMP_")]
         finally:
