@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,6 +49,7 @@ class ShapeBatcher:
     Args:
         engines: What runs a batch.
         max_batch: Most calls in a batch.
+        largest: Gives what a model takes at most, where that may be less; None if it is not known.
         max_running: Batches given to a model at a time: as many as it has instances.
         max_tokens: Most tokens in a batch, which bounds an engine's memory; a longer call goes alone.
     """
@@ -59,9 +60,11 @@ class ShapeBatcher:
         max_batch: int = 32,
         max_running: int = 1,
         max_tokens: int = 16_384,
+        largest: Callable[[str], int | None] = lambda model: None,
     ) -> None:
         self._engines = engines
         self._max_batch = max_batch
+        self._largest = largest
         self._max_running = max_running
         self._max_tokens = max_tokens
         self._models: dict[str, _Model] = {}
@@ -84,7 +87,8 @@ class ShapeBatcher:
             key = min(state.waiting, key=lambda shape: state.waiting[shape][0].arrival)
             queue = state.waiting[key]
             tokens = sum(shape[0] for _, shape in key[1])
-            most = max(1, min(self._max_batch, self._max_tokens // max(tokens, 1)))
+            largest = self._largest(model) or self._max_batch
+            most = max(1, min(self._max_batch, largest, self._max_tokens // max(tokens, 1)))
             batch = [queue.popleft() for _ in range(min(len(queue), most))]
             if not queue:
                 del state.waiting[key]
@@ -96,20 +100,24 @@ class ShapeBatcher:
                 task.add_done_callback(self._tasks.discard)
 
     async def _run(self, model: str, state: _Model, batch: list[_Call], outputs: Sequence[str]) -> None:
+        answers: Arrays | None = None
+        error: BaseException | None = None
         try:
             answers = await self._engines.infer(model, _merge([call.inputs for call in batch]), outputs)
-            for index, call in enumerate(batch):
-                if not call.answer.done():
-                    call.answer.set_result({name: array[index : index + 1] for name, array in answers.items()})
-        except BaseException as error:
-            for call in batch:
-                if not call.answer.done():
-                    call.answer.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            state.running -= 1
-            self._dispatch(model, state)
+        except BaseException as raised:  # noqa: BLE001 - every caller gets it, and what is no Exception is raised below
+            error = raised
+        # Before anybody is woken: the engine is to work on the next batch while these answers are made and sent.
+        state.running -= 1
+        self._dispatch(model, state)
+        for index, call in enumerate(batch):
+            if call.answer.done():
+                continue
+            if answers is not None:
+                call.answer.set_result({name: array[index : index + 1] for name, array in answers.items()})
+            elif error is not None:
+                call.answer.set_exception(error)
+        if error is not None and not isinstance(error, Exception):
+            raise error
 
 
 def _merge(inputs: Sequence[Mapping[str, npt.NDArray[Any]]]) -> Mapping[str, npt.NDArray[Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from mtgr.features.extract import Features
@@ -14,7 +16,7 @@ from mtgr.routing.ranker import Arrays, Ranking
 from mtgr.routing.reasons import Reason, unanswered
 from mtgr.routing.router import FALLBACK
 from mtgr.routing.shadow import Drift
-from mtgr.schema import TYPE_COLUMN, UNKNOWN, TokenType
+from mtgr.schema import TYPE_COLUMN, UNKNOWN
 
 _ITEMS = (1.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0)
 _DRIFT = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -84,17 +86,16 @@ class RouterMetrics(Observer):
 
     def rows(self, strategy: str, inputs: Arrays) -> None:
         """Count tokens and padding, and unknown candidates."""
-        labels = (("strategy", strategy),)
-        types = [rows[..., TYPE_COLUMN] for rows in inputs.values()]
-        total = sum(column.size for column in types)
-        padding = sum(int(np.count_nonzero(column == TokenType.PADDING)) for column in types)
-        self.registry.increment(MetricSpec("mtgr_tokens_total", "Tokens given to engines", labels=labels), total)
-        self.registry.increment(MetricSpec("mtgr_padding_tokens_total", "Padding among them", labels=labels), padding)
+        # Padding is all zeros and known nowhere else, so one count of each column says it all, without a copy.
+        types = {name: rows[..., TYPE_COLUMN] for name, rows in inputs.items()}
+        real = {name: int(np.count_nonzero(column)) for name, column in types.items()}
+        total = sum(column.size for column in types.values())
+        tokens, padding = _tokens(strategy)
+        self.registry.increment(tokens, total)
+        self.registry.increment(padding, total - sum(real.values()))
         if "candidates" in inputs:
-            candidates = inputs["candidates"]
-            real = candidates[..., TYPE_COLUMN] == TokenType.CANDIDATE
-            self.registry.increment(_SCORED, int(np.count_nonzero(real)))
-            unknown = real & (candidates[..., self._item_column] == UNKNOWN)
+            self.registry.increment(_SCORED, real["candidates"])
+            unknown = inputs["candidates"][..., self._item_column] == UNKNOWN
             self.registry.increment(_UNKNOWN, int(np.count_nonzero(unknown)))
 
     def breaker(self, breaker: CircuitBreaker) -> None:
@@ -123,3 +124,13 @@ class RouterMetrics(Observer):
         self.registry.set(_LIMIT, admission.limit)
         self.registry.advance(_RELOADS, reloads)
         self.registry.advance(_REFUSALS, refusals)
+
+
+@functools.cache
+def _tokens(strategy: str) -> tuple[MetricSpec, MetricSpec]:
+    """Tokens and padding among them, which are counted with every call of an engine."""
+    labels = (("strategy", strategy),)
+    return (
+        MetricSpec("mtgr_tokens_total", "Tokens given to engines", labels=labels),
+        MetricSpec("mtgr_padding_tokens_total", "Padding among them", labels=labels),
+    )

@@ -1,4 +1,4 @@
-"""Whether a model's artifact belongs to the installed checkpoint."""
+"""Whether a model's artifact belongs to the installed checkpoint, and what batches it takes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ def artifact_problem(model_repository: Path, model: str, schema_hash: str) -> st
         model: A Triton model, the latest version of it, or ``model@2`` for version 2.
         schema_hash: Of the installed checkpoint.
     """
-    name, number = split_version(model)
+    name, _ = split_version(model)
     remedy = next(strategy.remedy for strategy in STRATEGIES.values() if name in strategy.models)
-    directory = model_repository / name
-    version = latest_version(directory) if number is None else directory / str(number)
-    if version is None or not version.is_dir():
+    version = _artifact(model_repository, model)
+    if version is None:
         return f"{model} is not installed ({remedy})"
     try:
         manifest = Manifest.load(version)
@@ -30,6 +29,25 @@ def artifact_problem(model_repository: Path, model: str, schema_hash: str) -> st
     if manifest.schema != schema_hash:
         return f"{model} was exported for another schema ({remedy}, and restart the server)"
     return None
+
+
+def largest_batch(model_repository: Path, model: str) -> int | None:
+    """Most requests that the artifact takes in one call, where it was built for fewer than others take; else None."""
+    version = _artifact(model_repository, model)
+    if version is None:
+        return None
+    try:
+        options = Manifest.load(version).details.get("options")
+    except ConfigurationError:
+        return None  # and the model is not ready
+    return options.get("max_batch") if isinstance(options, dict) else None
+
+
+def _artifact(model_repository: Path, model: str) -> Path | None:
+    name, number = split_version(model)
+    directory = model_repository / name
+    version = latest_version(directory) if number is None else directory / str(number)
+    return version if version is not None and version.is_dir() else None
 
 
 def split_version(model: str) -> tuple[str, int | None]:

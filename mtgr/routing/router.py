@@ -55,6 +55,7 @@ class Router:
         observer: Told of what happens, for metrics and logs.
         clock: Gives seconds.
         board: Where the models in front read how hard it is pressed.
+        largest: Gives what a model takes at most in a batch; None if that is not known.
 
     Raises:
         ConfigurationError: If a task weight names no task of the schema.
@@ -69,6 +70,7 @@ class Router:
         observer: Observer | None = None,
         clock: Clock = time.monotonic,
         board: PressureBoard | None = None,
+        largest: Callable[[str], int | None] = lambda model: None,
     ) -> None:
         self.schema = schema
         self.catalog = catalog
@@ -77,6 +79,7 @@ class Router:
         self.policy = policy or load_profile("prod")
         self.admission = Admission(ROUTER, self.policy.admission, clock, board)
         self._clock = clock
+        self._largest = largest
         self._breakers: dict[str, CircuitBreaker] = {}
         self._shadows: set[asyncio.Task[None]] = set()
         self._shadowed = 0.0  # how much of a shadow call is due
@@ -107,7 +110,7 @@ class Router:
         routing = policy.routing
         guarded = GuardedInference(self.engines, self.breaker, routing.engine_timeout, self._clock)
         return {
-            True: ShapeBatcher(guarded, routing.max_batch, routing.max_running, routing.max_tokens),
+            True: ShapeBatcher(guarded, routing.max_batch, routing.max_running, routing.max_tokens, self._largest),
             False: ShapeBatcher(guarded, 1, policy.admission.max_concurrent, routing.max_tokens),
         }
 
@@ -207,17 +210,17 @@ class Router:
 
     async def _serve(self, strategy: Strategy, version: int | None, features: Features, size: Size) -> Ranking:
         started, choice = self._clock(), self._choice
-        running = choice.started()
+        load = choice.started(strategy.name)
         try:
             ranking = await self._ranker.serve(strategy, features, self._caller(strategy, version))
         except BaseException as error:
             self.observer.engine_failed(strategy.name, reason_of(error))
             raise
         finally:
-            choice.ended()
+            choice.ended(strategy.name)
         seconds = self._clock() - started
         self.observer.stage("engine", seconds)
-        choice.answered(strategy.name, size, seconds, running)
+        choice.answered(load, size, seconds)
         return ranking
 
     def _caller(self, strategy: Strategy, version: int | None) -> Callable[[str, Arrays, str], Any]:

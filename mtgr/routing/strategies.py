@@ -16,19 +16,19 @@ class Strategy:
         rank_model: Triton model that scores candidates.
         retrieve_model: Triton model that recommends without candidates.
         padded: Whether the engine takes rows padded to a bucket (dense engines) or as they are.
-        setup: What a user runs to install the engine; None where this release cannot export it.
+        setup: What a user runs to install the engine.
     """
 
     name: str
     rank_model: str
     retrieve_model: str
     padded: bool
-    setup: str | None
+    setup: str
 
     @property
     def remedy(self) -> str:
         """What to do where the engine is missing, as the end of a sentence."""
-        return f"run `{self.setup}`" if self.setup else "its export is not part of this release"
+        return f"run `{self.setup}`"
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ STRATEGIES: dict[str, Strategy] = {
     for strategy in (
         Strategy("baseline", "mtgr_baseline", "mtgr_baseline", True, "make export"),
         Strategy("onnx", "mtgr_onnx_rank", "mtgr_onnx_retrieve", True, "make export"),
-        Strategy("tensorrt", "mtgr_tensorrt_rank", "mtgr_tensorrt_retrieve", True, None),
+        Strategy("tensorrt", "mtgr_tensorrt_rank", "mtgr_tensorrt_retrieve", True, "make export"),
         Strategy("vllm", "mtgr_vllm", "mtgr_vllm", False, "make vllm export"),
     )
 }

@@ -73,6 +73,23 @@ def test_interleaved_shapes_share_batches() -> None:
     assert len(engine.shapes) <= 4
 
 
+def test_a_model_that_takes_fewer_is_not_given_more() -> None:
+    async def check() -> None:
+        engine = DoublingEngine()
+        batcher = ShapeBatcher(engine, max_batch=8, largest={"alone": 1, "pairs": 2}.get)
+        calls = [
+            batcher.infer(model, {"x": np.full((1, 3), index)}, ["y"])
+            for model in ("alone", "pairs", "m")
+            for index in range(9)
+        ]
+        engine.gate.set()
+        await asyncio.gather(*calls)
+        # The first of each model goes alone, for its engine is idle.
+        assert sorted(shape[0] for shape in engine.shapes) == sorted([1] * 9 + [1, 2, 2, 2, 2] + [1, 8])
+
+    asyncio.run(check())
+
+
 def test_an_idle_engine_is_called_at_once() -> None:
     async def check() -> None:
         engine = DoublingEngine()
@@ -83,6 +100,25 @@ def test_an_idle_engine_is_called_at_once() -> None:
         assert engine.shapes == [(1, 3)]
         engine.gate.set()
         await call
+
+    asyncio.run(check())
+
+
+def test_the_engine_has_its_next_batch_before_anybody_is_answered() -> None:
+    # Otherwise it would stand idle while up to `max_batch` answers are ranked and sent.
+    async def check() -> None:
+        engine = DoublingEngine()
+        batcher = ShapeBatcher(engine, max_running=1)
+        called: list[int] = []
+
+        async def ask(length: int) -> None:
+            await batcher.infer("m", {"x": np.zeros((1, length))}, ["y"])
+            called.append(len(engine.shapes))
+
+        engine.gate.set()
+        await asyncio.gather(*(ask(length) for length in (3, 3, 4, 5)))
+        assert engine.shapes[:1] == [(1, 3)]
+        assert all(calls > answered for answered, calls in enumerate(called[:-1], 1)), called
 
     asyncio.run(check())
 

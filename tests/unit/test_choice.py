@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 
 from mtgr.errors import ConfigurationError
-from mtgr.routing.choice import AutoChoice, AutoConfig
+from mtgr.routing.choice import AutoChoice, AutoConfig, Load
 
 ORDER = ("tensorrt", "vllm", "onnx", "baseline")
 SMALL = (0, 1, False)
@@ -34,7 +36,7 @@ def choice(clock: Clock | None = None, **config: object) -> AutoChoice:
 def measure(auto: AutoChoice, **milliseconds: float) -> None:
     for _ in range(10):
         for name, value in milliseconds.items():
-            auto.answered(name, SMALL, value / 1e3)
+            auto.answered(Load(name), SMALL, value / 1e3)
 
 
 @pytest.mark.parametrize(
@@ -61,21 +63,93 @@ def test_the_rule(ready: tuple[str, ...], milliseconds: dict[str, float], first:
 def test_what_was_measured_under_load_is_not_held_against_an_engine_when_the_load_is_gone() -> None:
     auto = choice()
     for _ in range(10):
-        auto.answered("onnx", SMALL, 0.160, running=32)  # 5 ms each
-        auto.answered("vllm", SMALL, 0.009, running=1)
+        auto.answered(Load("onnx", 32, 32), SMALL, 0.160)  # 5 ms each
+        auto.answered(Load("vllm"), SMALL, 0.009)
     assert auto.choose(ORDER, SMALL).order[0] == "onnx"
 
 
 def test_requests_in_flight_do_not_shift_the_next_one_to_an_idle_engine() -> None:
     auto = choice()
     measure(auto, onnx=5, vllm=9)
-    assert [auto.started() for _ in range(4)] == [1, 2, 3, 4]
+    assert [auto.started(name).all for name in ("onnx", "onnx", "vllm", "onnx")] == [1, 2, 3, 4]
     chosen = auto.choose(ORDER, SMALL)
     assert chosen.order[0] == "onnx"
     assert "onnx 25.0 ms" in chosen.reason
-    for _ in range(4):
-        auto.ended()
+    for name in ("onnx", "onnx", "vllm", "onnx"):
+        auto.ended(name)
     assert "onnx 5.0 ms" in auto.choose(ORDER, SMALL).reason
+
+
+def test_what_an_engine_takes_for_few_beside_a_busy_one_is_a_bound_only() -> None:
+    auto = choice()
+    auto.answered(Load("onnx", 31, 32), SMALL, 0.090)  # 2.9 ms each
+    auto.answered(Load("vllm", 1, 32), SMALL, 0.060)  # idle, but for this one
+    assert auto.choose(ORDER, SMALL).order[:2] == ("onnx", "vllm")
+    auto.answered(Load("vllm", 32, 32), SMALL, 0.064)  # 2 ms each, in one batch
+    assert auto.choose(ORDER, SMALL).order[:2] == ("vllm", "onnx")
+    auto.answered(Load("tensorrt", 1, 32), SMALL, 0.001)  # it takes no more than that, however many there are
+    assert auto.choose(ORDER, SMALL).order[0] == "tensorrt"
+
+
+@dataclass
+class Machine:
+    """Engines that share a processor, each with a batch of its own; all waiting requests go into the next one.
+
+    Attributes:
+        costs: Milliseconds of a batch, and of each request in it, by engine.
+    """
+
+    costs: dict[str, tuple[float, float]]
+
+    def serve(self, auto: AutoChoice, clock: Clock, callers: int, requests: int) -> Counter[str]:
+        """Callers that ask again as soon as they have an answer; how many requests each engine got."""
+        served: Counter[str] = Counter()
+        waiting: dict[str, list[tuple[Load, float]]] = {name: [] for name in self.costs}
+        batches: dict[str, list[tuple[Load, float]]] = {}
+        left: dict[str, float] = {}
+        idle = callers
+        while served.total() < requests:
+            for _ in range(idle):
+                name = auto.choose(tuple(self.costs), SMALL).order[0]
+                served[name] += 1
+                waiting[name].append((auto.started(name), clock.now))
+            for name in self.costs:
+                if name not in batches and waiting[name]:
+                    batches[name], waiting[name] = waiting[name], []
+                    left[name] = (self.costs[name][0] + self.costs[name][1] * len(batches[name])) / 1e3
+            first = min(batches, key=lambda name: left[name])
+            step = left[first]
+            clock.advance(step * len(batches))  # each gets its part of the processor
+            for name in batches:
+                left[name] -= step
+            done = batches.pop(first)
+            for load, asked in done:
+                auto.ended(first)
+                auto.answered(load, SMALL, clock.now - asked)
+            idle = len(done)
+        return served
+
+
+@pytest.mark.parametrize(
+    ("costs", "callers", "best"),
+    [
+        ({"vllm": (6, 3.1), "onnx": (2, 2.4), "baseline": (3, 7)}, 32, "onnx"),  # measured on two cores, nearly
+        ({"vllm": (6, 3.1), "onnx": (2, 2.4), "baseline": (3, 7)}, 1, "onnx"),
+        ({"vllm": (9, 0.5), "onnx": (1, 4)}, 1, "onnx"),  # the one that batches well is slow for one
+        ({"vllm": (9, 0.5), "onnx": (1, 4)}, 32, "vllm"),
+        ({"vllm": (9, 0.5), "onnx": (1, 4)}, 256, "vllm"),
+        ({"tensorrt": (8, 2), "onnx": (1, 1)}, 256, "onnx"),  # and the order is wrong
+    ],
+)
+def test_callers_settle_at_the_engine_that_takes_least_for_all_of_them(
+    costs: dict[str, tuple[float, float]], callers: int, best: str
+) -> None:
+    clock = Clock()
+    auto = choice(clock, explore=0.01)
+    machine = Machine(costs)
+    machine.serve(auto, clock, callers, 100 * callers)
+    later = machine.serve(auto, clock, callers, 6400)
+    assert later[best] >= 0.95 * later.total(), later
 
 
 def test_without_adapting_the_order_decides() -> None:
@@ -101,7 +175,7 @@ def test_an_engine_that_becomes_slow_is_left_and_one_that_recovers_is_found() ->
         for _ in range(count):
             name = auto.choose(tuple(speed), SMALL).order[0]
             served[name] += 1
-            auto.answered(name, SMALL, speed[name])
+            auto.answered(Load(name), SMALL, speed[name])
             clock.advance(0.05)
         return served
 
@@ -122,7 +196,7 @@ def test_the_slowest_engine_is_found_out_before_it_serves_many() -> None:
         for _ in range(300):
             name = auto.choose(tuple(speed), SMALL).order[0]
             slow += name == "tensorrt"
-            auto.answered(name, SMALL, speed[name])
+            auto.answered(Load(name), SMALL, speed[name])
             clock.advance(gap)
         assert slow <= 15
 
@@ -165,7 +239,7 @@ def test_the_same_history_leads_to_the_same_choices() -> None:
             assert sorted(order) == sorted(ready)
             chosen.append(order)
             if order:
-                auto.answered(order[0], size, generator.uniform(0.001, 0.1))
+                auto.answered(Load(order[0]), size, generator.uniform(0.001, 0.1))
         return chosen
 
     assert run() == run()
@@ -177,7 +251,7 @@ def test_exploring_is_rare_and_reaches_every_engine() -> None:
     for _ in range(1000):
         name = auto.choose(ORDER, SMALL).order[0]
         counts[name] += 1
-        auto.answered(name, SMALL, 0.001 * (1 + ORDER.index(name)))
+        auto.answered(Load(name), SMALL, 0.001 * (1 + ORDER.index(name)))
     assert counts["tensorrt"] >= 985
     assert all(counts.values())
 

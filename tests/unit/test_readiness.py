@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from mtgr.errors import ConfigurationError
 from mtgr.manifest import MANIFEST_FILE, Manifest, latest_version
-from mtgr.routing.readiness import artifact_problem
+from mtgr.routing.readiness import artifact_problem, largest_batch
 from mtgr.routing.strategies import STRATEGIES, Strategy
 from tests.conftest import ROOT
 
@@ -111,3 +112,15 @@ def test_what_a_user_is_told_to_run_exists(strategy: Strategy) -> None:
     if strategy.setup is not None:
         for target in strategy.setup.removeprefix("make ").split():
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_the_largest_batch_is_that_of_the_version(tmp_path: Path) -> None:
+    assert largest_batch(tmp_path, MODEL) is None  # nothing is installed
+    directory = install(tmp_path)
+    assert largest_batch(tmp_path, MODEL) is None
+    dataclasses.replace(manifest(), details={"options": {"max_batch": 1}}).save(directory)
+    install(tmp_path, version=2)
+    assert largest_batch(tmp_path, MODEL) is None
+    assert largest_batch(tmp_path, f"{MODEL}@1") == 1
+    (directory / MANIFEST_FILE).write_text("{")
+    assert largest_batch(tmp_path, f"{MODEL}@1") is None

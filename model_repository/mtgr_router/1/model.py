@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mtgr.routing.drain import DRAIN_VARIABLE, DrainWatch
 from mtgr.routing.journal import Journal
 from mtgr.routing.policy import policy_file
 from mtgr.routing.ranker import Ranker
-from mtgr.routing.readiness import artifact_problem, split_version
+from mtgr.routing.readiness import artifact_problem, largest_batch, split_version
 from mtgr.routing.reasons import EngineLostError
 from mtgr.routing.reload import PolicyFile
 from mtgr.routing.router import Router
@@ -46,6 +47,8 @@ class TritonPythonModel:
         path = policy_file({name: value["string_value"] for name, value in parameters.items()})
         self.policy = PolicyFile(path)
         self.loop = asyncio.new_event_loop()
+        self.arrivals = deque()
+        self.tasks = set()
         # Each call of an engine holds one of these threads until it is answered; Python's default is six on two cores.
         self.loop.set_default_executor(ThreadPoolExecutor(CALLS, thread_name_prefix="bls"))
         self.thread = threading.Thread(target=self.loop.run_forever, name="router", daemon=True)
@@ -57,7 +60,13 @@ class TritonPythonModel:
             self.policy.check = lambda policy: Ranker(bundle.schema, bundle.catalog, policy.routing)
             self.board = server_board()
             self.router = Router(
-                bundle.schema, bundle.catalog, engines, self.policy.current, self.metrics, board=self.board
+                bundle.schema,
+                bundle.catalog,
+                engines,
+                self.policy.current,
+                self.metrics,
+                board=self.board,
+                largest=engines.largest.get,
             )
             self.reporter = MetricReporter(pb_utils, self._changes)
         except ConfigurationError as error:
@@ -81,7 +90,16 @@ class TritonPythonModel:
                     message = "this model takes what mtgr_features gives; send requests to the model mtgr."
                     sender.send(_error(message, pb_utils.TritonError.INVALID_ARG), flags=FINAL)
                     continue
-                asyncio.run_coroutine_threadsafe(self._answer(features, sender), self.loop)
+                self.arrivals.append((features, sender))
+        if self.arrivals:
+            self.loop.call_soon_threadsafe(self._start)
+
+    def _start(self):
+        """In the loop: begin with whatever has come."""
+        while self.arrivals:
+            task = self.loop.create_task(self._answer(*self.arrivals.popleft()))
+            self.tasks.add(task)  # the loop itself holds tasks weakly
+            task.add_done_callback(self.tasks.discard)
 
     def _drain(self):
         """Refuse what comes from now on: the server is about to stop."""
@@ -119,6 +137,7 @@ class TritonPythonModel:
         """Let requests in flight end, then stop the loop."""
 
         async def drain():
+            self._start()
             rest = asyncio.all_tasks() - {asyncio.current_task()}
             if rest:
                 await asyncio.wait(rest, timeout=10)
@@ -147,6 +166,7 @@ class BLSEngines:
             if path.name.isdigit() and path.is_dir()
         ]
         self.problems = {model: artifact_problem(repository, model, schema_hash) for model in (*models, *versions)}
+        self.largest = {model: largest_batch(repository, model) for model in self.problems}
         self.known = {}
 
     def unready_reason(self, model):
