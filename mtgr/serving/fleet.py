@@ -26,7 +26,7 @@ from mtgr.features.settings import STORE_URL_VARIABLE
 from mtgr.routing.policy import PROFILES
 from mtgr.serving.gateway import ADMIN_PORT, METRICS_PORT, PORT, Balance, Gateway
 from mtgr.serving.neighbours import Envoy, NodeExporter, Prometheus, Redis, installed
-from mtgr.serving.ports import free_ports, is_free
+from mtgr.serving.ports import free_ports, is_free, on_free_ports
 from mtgr.serving.replica import ReplicaProcess
 
 DEFAULT_STATE = Path("build") / "fleet"
@@ -112,7 +112,7 @@ class Fleet:
         """
         try:
             self._lock()
-            self._choose_ports()
+            self._check_ports()
             if self._redis:
                 self._environment[STORE_URL_VARIABLE] = self._start_redis()
             self._stack.callback(self._stop_replicas)
@@ -204,18 +204,11 @@ class Fleet:
         file.write(str(os.getpid()))
         file.flush()
 
-    def _choose_ports(self) -> None:
+    def _check_ports(self) -> None:
         gateway = self._gateway
-        spare = iter(free_ports(_LOOPBACK, 4))
-        door, metrics, admin = (
-            port or next(spare) for port in (gateway.port, gateway.metrics_port, gateway.admin_port)
-        )
-        if self._prometheus_port == 0:
-            self._prometheus_port = next(spare)
-        for port in (door, metrics, admin, self._prometheus_port):
-            if port is not None and not is_free(_LOOPBACK, port):
+        for port in (gateway.port, gateway.metrics_port, gateway.admin_port, self._prometheus_port):
+            if port and not is_free(_LOOPBACK, port):
                 raise ConfigurationError(f"port {port} is in use: stop what listens there, or choose another.")
-        self._gateway = dataclasses.replace(gateway, port=door, metrics_port=metrics, admin_port=admin)
 
     def _start_redis(self) -> str:
         # A socket's path may have about 100 characters.
@@ -232,8 +225,18 @@ class Fleet:
         return redis.url
 
     def _start_gateway(self) -> None:
-        gateway = dataclasses.replace(self._gateway, replicas=tuple(replica.address for replica in self.replicas))
-        self.envoy = Envoy(gateway, self.state)
+        replicas = tuple(replica.address for replica in self.replicas)
+
+        def start(ports: Sequence[int]) -> Envoy:
+            port, metrics, admin = ports
+            gateway = dataclasses.replace(
+                self._gateway, replicas=replicas, port=port, metrics_port=metrics, admin_port=admin
+            )
+            return Envoy(gateway, self.state)
+
+        wanted = (self._gateway.port, self._gateway.metrics_port, self._gateway.admin_port)
+        self.envoy = on_free_ports(_LOOPBACK, wanted, start)
+        self._gateway = self.envoy.gateway  # a restart keeps its ports
         self._stack.callback(self.envoy.stop)
         for replica in self.replicas:
             self.envoy.await_replica(replica.address.grpc_port, healthy=True)
@@ -247,7 +250,9 @@ class Fleet:
             (node_port,) = free_ports(_LOOPBACK, 1)
             self._stack.callback(NodeExporter(node_port, self.state).stop)
             targets["node"] = [f"{_LOOPBACK}:{node_port}"]
-        self.prometheus = Prometheus(port, targets, self.state, self._scrape_seconds)
+        self.prometheus = on_free_ports(
+            _LOOPBACK, [port], lambda ports: Prometheus(ports[0], targets, self.state, self._scrape_seconds)
+        )
         self._stack.callback(self.prometheus.stop)
 
     def _stop_replicas(self) -> None:
