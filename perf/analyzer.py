@@ -2,7 +2,7 @@
 
 It is in Triton's SDK image, and in wheels of tritonclient for as long as they carried it; PyPI's own ``perf-analyzer``
 is a placeholder. Each run sends a fixed number of requests, so that each step of the input is sent once and the
-server's counts can be compared with the client's.
+server's counts can be compared with the client's; versions that send more at a rate say so in ``exact_rates``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SYNC_CALLERS = 64  # more would be as many threads
 
 
 class StalledError(UnavailableError):
-    """perf_analyzer did not end."""
+    """perf_analyzer did not end, or left requests out of its report."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Analyzer:
 
     Attributes:
         version: What it says of itself.
+        exact_rates: Whether at a rate it sends just as many requests as it is asked for.
 
     Raises:
         ConfigurationError: If it does not start.
@@ -78,6 +79,7 @@ class Analyzer:
         if found is None:
             raise ConfigurationError(_start_failure(binary, done.stdout + done.stderr))
         self.version = found[1]
+        self.exact_rates = exact_at_rates(self.version)
 
     def run(
         self,
@@ -103,7 +105,7 @@ class Analyzer:
 
         Raises:
             ConfigurationError: If it does not know these arguments.
-            StalledError: If it does not end in time.
+            StalledError: If it does not end in time, or reports other than ``requests`` requests.
             UnavailableError: If a request fails, at which perf_analyzer stops.
         """
         if (concurrency is None) == (rate is None):
@@ -135,7 +137,21 @@ class Analyzer:
                 raise ConfigurationError(f"perf_analyzer does not take its arguments: {output.splitlines()[0]}")
             if done.returncode or not export.is_file():
                 raise UnavailableError(f"perf_analyzer failed: {_last_line(output)}")
-            return read_profile(export, command)
+            samples = read_profile(export, command)
+            if len(samples.latencies_ms) != requests:
+                raise StalledError(f"perf_analyzer reports {len(samples.latencies_ms)} of {requests} requests.")
+            return samples
+
+
+def exact_at_rates(version: str) -> bool:
+    """Whether a version sends as many requests at a rate as ``--request-count`` says.
+
+    2.51 does. 2.57 sends them all twice and reports one of the two passes, whatever the distribution, the warm-up, or
+    the number of threads: caches know every payload from the other pass. At a concurrency both send them once.
+    Versions in between have not been tried, and count as the later one.
+    """
+    parts = re.match(r"(\d+)\.(\d+)", version)
+    return parts is not None and (int(parts[1]), int(parts[2])) <= (2, 51)
 
 
 def read_profile(path: Path, command: Sequence[str]) -> Samples:

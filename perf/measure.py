@@ -151,8 +151,11 @@ class Bench:
         generated: Load,
         offered: float | None = None,
     ) -> Point:
-        """By perf_analyzer; where a request fails, which ends it, anew by the load generator, which counts it."""
-        for _ in range(_TRIES):
+        """By perf_analyzer; where a request fails, which ends it, anew by the load generator, which counts it.
+
+        By the load generator at once where perf_analyzer would send more requests than it reports.
+        """
+        for _ in range(_TRIES if mode == "concurrency" or self._analyzer.exact_rates else 0):
             try:
                 return self._point(strategy, mode, level, repeat, analyzed, offered)
             except StalledError as error:

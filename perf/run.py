@@ -28,11 +28,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from mtgr.bundle import Bundle, load_bundle
 from mtgr.config import preset_names
+from mtgr.engines.compiled_network import CompiledPrecision
 from mtgr.errors import ConfigurationError, MTGRError
 from mtgr.manifest import MANIFEST_FILE, Manifest, latest_version
 from mtgr.routing.strategies import AUTO, STRATEGIES
@@ -41,6 +43,7 @@ from mtgr.serving.find import find_installation
 from mtgr.serving.server import TritonServer
 from perf.analyzer import Analyzer, find_analyzer
 from perf.measure import DIRECT, Bench, mean_batch, mismatches, wait_until_ready
+from perf.model_memory import model_memory
 from perf.record import ROOT, describe
 from perf.results_format import Kpi, Machine, PerfResult, Point, Run, save
 from perf.watch import triton_version
@@ -51,6 +54,7 @@ DOOR_BAR, AUTO_BAR = 0.85, 0.9
 BAD_SHARE = 0.005
 _LEAST, _MOST = 20, 20_000  # requests of a point
 _MOST_FILLING = 4_000
+_DONE = "complete"  # of a repository that was built to the end
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ def run(
     """
     started, load_before = _now(), os.getloadavg()[0]
     bundle = load_bundle(repository)
-    with TritonServer(repository, log=options.server_log, extra_args=["--metrics-interval-ms=200"]) as server:
+    environment = {"MTGR_POLICY": str(options.policy.resolve())} if options.policy else {}
+    arguments = ["--metrics-interval-ms=200"]
+    with TritonServer(repository, log=options.server_log, extra_args=arguments, environment=environment) as server:
         bench = Bench(server, bundle, analyzer, folder)
         names = [name for name in plan.strategies if name != DIRECT]
         ready = wait_until_ready(server, bundle, names, options.start_seconds)
@@ -130,6 +136,7 @@ def run(
             raise ConfigurationError(f"none of {', '.join(names)} is ready; run `make export`.")
         print(f"measuring {', '.join(ready)}", flush=True)
         measured = measure(bench, bundle, plan, ready)
+        memory = model_memory(server.pid)
         triton = triton_version(server)
     origin = describe(plan.traffic.seed)
     revision = str(origin["revision"])
@@ -157,6 +164,7 @@ def run(
         ),
         points=measured.points,
         kpi=measured.kpi,
+        memory=memory,
     )
     return result, [line for point in measured.points if not point.errors for line in mismatches(point)]
 
@@ -213,7 +221,8 @@ def measure(bench: Bench, bundle: Bundle, plan: Plan, strategies: Sequence[str])
     kpi = None
     if plan.kpi_seconds and AUTO in borne:
         rate = float(f"{SATURATION_SHARE * borne[AUTO]:.3g}")
-        traffic.config = replace(plan.traffic, bad_share=BAD_SHARE)
+        # A user's visits are sent in turn: who asked more than once a second would wait for answers of his own.
+        traffic.config = replace(plan.traffic, bad_share=BAD_SHARE, apart=math.ceil(rate))
         crowd = take(int(rate * plan.kpi_seconds * 1.2) + 20)
         add(bench.open_loop(AUTO, crowd, rate, plan.kpi_seconds, plan.traffic.seed))
         kpi = Kpi(rate=rate, saturation=borne[AUTO], point=len(points) - 1)
@@ -335,7 +344,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=preset_names(), help="measure a random network of this size instead")
     parser.add_argument("--users", type=int, default=2000, help="with --preset: users in the store")
     parser.add_argument("--kv-gib", type=int, default=4, help="with --preset: memory of vLLM's cache")
-    parser.add_argument("--door-instances", type=int, default=1, help="with --preset: of mtgr_features and mtgr_router")
+    parser.add_argument(
+        "--vllm", action="append", default=[], metavar="KEY=VALUE", help="with --preset: an engine argument of vLLM"
+    )
+    parser.add_argument(
+        "--compiled", choices=get_args(CompiledPrecision), help="with --preset: baseline is the compiled engine"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="with --preset: folder of its repository, taken as it is if it is there"
+    )
+    parser.add_argument("--door-instances", type=int, default=1, help="with --preset: of mtgr_features")
+    parser.add_argument("--router-instances", type=int, help="with --preset: of mtgr_router; as --door-instances")
+    parser.add_argument("--feature-cache-mib", type=int, help="with --preset: of each process of mtgr_features")
+    parser.add_argument("--policy", type=Path, help="policy file of the server; the profile's by default")
     parser.add_argument("--strategy", action="append", choices=plan.strategies, help="may be repeated; all by default")
     parser.add_argument("--concurrency", type=_numbers, default=plan.concurrency, metavar="1,8,32")
     parser.add_argument("--rate-shares", type=_shares, default=plan.rate_shares, metavar="0.5,0.8")
@@ -347,6 +368,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--history", type=float, default=plan.traffic.history_median, help="median events of a user")
     parser.add_argument("--candidates", type=float, default=plan.traffic.candidates_median, help="median of a request")
     parser.add_argument("--zipf", type=float, default=plan.traffic.zipf, help="exponent of the users' popularity")
+    parser.add_argument(
+        "--repeat-share", type=float, default=plan.traffic.repeat_share, help="requests of who was here a moment ago"
+    )
+    parser.add_argument(
+        "--new-user-share", type=float, default=plan.traffic.new_user_share, help="requests of users nobody knows"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-seconds", type=float, default=300.0, help="for an engine to answer")
     parser.add_argument("--perf-analyzer", type=Path, help="the executable; found by default")
@@ -372,6 +399,8 @@ def _plan(options: argparse.Namespace) -> Plan:
             zipf=options.zipf,
             history_median=options.history,
             candidates_median=options.candidates,
+            repeat_share=options.repeat_share,
+            new_user_share=options.new_user_share,
             seed=options.seed,
         ),
     )
@@ -383,9 +412,15 @@ def _repository(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     if options.preset is None:
         yield options.model_repository
         return
+    if options.work is not None:
+        folder = options.work
+        if (folder / _DONE).is_file():
+            yield folder / "repository"
+            return
     import torch
 
-    from perf.repository import built_repository, set_instances
+    from export.vllm import parse_settings
+    from perf.repository import built_repository, set_feature_cache, set_instances
     from perf.vllm_gpu import DEVICE, checkpoint
 
     wanted = options.strategy or ["baseline", "vllm"]
@@ -397,18 +432,23 @@ def _repository(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
     events = 2 * generator.lognormal(np.log(options.history), WorkloadConfig.history_sigma, options.users)
     most = model.schema.max_history + model.schema.realtime_step - 1
     lengths = len(model.schema.profile) + np.clip(events.astype(int), 2, most)
+    # The memory is given, so that engines that start together do not measure one another's.
+    engine = {"kv_cache_memory_bytes": options.kv_gib << 30, "gpu_memory_utilization": 0.05, "enforce_eager": False}
+    settings = (engine if DEVICE == "cuda" else {}) | parse_settings(options.vllm)
     repository = built_repository(
         folder,
         model,
         {f"user-{index}": int(length) for index, length in enumerate(lengths)},
         options.seed,
         strategies,
-        {"kv_cache_memory_bytes": options.kv_gib << 30, "gpu_memory_utilization": 0.05, "enforce_eager": False}
-        if DEVICE == "cuda"
-        else None,
+        settings or None,
+        options.compiled,
     )
-    for name in ("mtgr_features", "mtgr_router"):
-        set_instances(repository, name, options.door_instances)
+    set_instances(repository, "mtgr_features", options.door_instances)
+    set_instances(repository, "mtgr_router", options.router_instances or options.door_instances)
+    if options.feature_cache_mib is not None:
+        set_feature_cache(repository, options.feature_cache_mib)
+    (folder / _DONE).touch()
     del model  # the server needs its memory
     gc.collect()
     if torch.cuda.is_available():

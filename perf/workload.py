@@ -61,6 +61,8 @@ class WorkloadConfig:
         new_user_share: Part of the visits.
         repeat_share: Part of the visits.
         bad_share: Part of the visits; perf_analyzer stops at an error, so its files must have none.
+        apart: Visits from one of a user to the next that is no repeat, at least, as far as there are users enough:
+            nobody asks again before an answer can have been read. 0 leaves it to popularity.
         seed: Of everything.
     """
 
@@ -74,6 +76,7 @@ class WorkloadConfig:
     new_user_share: float = 0.02
     repeat_share: float = 0.1
     bad_share: float = 0.0
+    apart: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ class WorkloadConfig:
         Raises:
             ConfigurationError: If one is out of range.
         """
-        for name in ("zipf", "history_sigma", "candidates_sigma", "events_between_visits"):
+        for name in ("zipf", "history_sigma", "candidates_sigma", "events_between_visits", "apart"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("history_median", "candidates_median", "max_candidates"):
@@ -223,6 +226,8 @@ class Traffic:
         self._told: dict[str, int] = {}
         self._recent: deque[tuple[RecommendationRequest, int]] = deque(maxlen=_RECENT)
         self._newcomers = 0
+        self._turn = 0
+        self._last_turn: dict[str, int] = {}
         self._seen: set[bytes] = set()
 
     def take(self, count: int) -> list[Visit]:
@@ -254,7 +259,7 @@ class Traffic:
         return self._usual()
 
     def _usual(self) -> Visit:
-        user = self._user()
+        user = self._next_user()
         before, capacity = self._wanted.get(user), self.users.capacity(user)
         starts = before is None or before >= capacity
         if before is None or starts:
@@ -287,6 +292,16 @@ class Traffic:
     def _user(self) -> str:
         rank = int(np.searchsorted(self._cumulated, self._generator.random()))
         return self.users.ids[int(self._by_rank[min(rank, len(self._by_rank) - 1)])]
+
+    def _next_user(self) -> str:
+        """Whose turn it is, by popularity, among those who have not just been here."""
+        self._turn += 1
+        apart = min(self.config.apart, len(self.users.ids) // 2)
+        user = self._user()
+        while self._turn - self._last_turn.get(user, -apart) < apart:
+            user = self._user()
+        self._last_turn[user] = self._turn
+        return user
 
     def _count(self, median: float, sigma: float, most: int) -> int:
         return int(np.clip(round(float(self._generator.lognormal(np.log(median), sigma))), min(1, most), most))

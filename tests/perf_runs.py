@@ -12,7 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from perf.results_format import Gpu, Latency, PerfResult, Point, load
+from perf.results_format import Gpu, Latency, ModelMemory, PerfResult, Point, load
+
+_GIB = 2**30
+# As where retrieval of one strategy runs within Triton itself, so that its part is not known.
+_MEMORY = {
+    "mtgr_baseline": ModelMemory(3 * _GIB, 2 * _GIB),
+    "mtgr_onnx_rank": ModelMemory(_GIB, 0),
+    "mtgr_onnx_retrieve": ModelMemory(_GIB // 2, 0),
+    "mtgr_tensorrt_rank": ModelMemory(_GIB, _GIB),
+    "mtgr_vllm": ModelMemory(4 * _GIB, 64 * _GIB),
+    "mtgr_router": ModelMemory(_GIB // 4, 0),
+    "tritonserver": ModelMemory(_GIB // 2, 0),
+}
 
 DATA = Path(__file__).parent / "data" / "perf-two-cores.json"
 
@@ -37,6 +49,7 @@ def with_gpu(repeats: int = 3) -> PerfResult:
         run=dataclasses.replace(result.run, repeats=repeats, preset="large"),
         machine=dataclasses.replace(result.machine, gpu="NVIDIA H200", driver="580.95"),
         kpi=dataclasses.replace(result.kpi, point=len(points) - 1),
+        memory=_MEMORY,
     )
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
 
+from mtgr.routing.strategies import STRATEGIES
 from perf.report.chart import Chart, Table, callers, number
 from perf.report.style import SIZE, Canvas, color, mark
 from perf.report.summary import DIRECT, at_saturation, saturation_level, strategies
-from perf.results_format import PerfResult, Point
+from perf.results_format import ModelMemory, PerfResult, Point
 
 _GIB = 2**30
 
@@ -28,26 +29,52 @@ Values = Mapping[str, Sequence[float]]
 
 
 def memory_chart(result: PerfResult) -> Chart:
-    """Most memory of the server under each strategy's load."""
-    title = "Memory under each strategy's load"
+    """Memory of each strategy's own models, and most memory of the server under each strategy's load."""
+    title = "Memory by strategy"
     host = _of_strategies(result, lambda point: point.server_memory_bytes / _GIB or None)
     gpu = _of_strategies(result, lambda point: point.gpu.memory_used_bytes / _GIB if point.gpu else None)
-    panels = {"host memory of the server's processes (GiB)": host} if host else {}
+    own = {"host": _own(result, lambda model: model.host_bytes), "GPU": _own(result, lambda model: model.gpu_bytes)}
+    panels = {f"{name} memory of its models (GiB)": values for name, values in own.items() if values}
+    if host:
+        panels["host memory of all under load (GiB)"] = host
     if gpu:
-        panels["GPU memory in use (GiB)"] = gpu
+        panels["GPU memory in use under load (GiB)"] = gpu
     if not panels:
         return Chart("memory", title, "", missing="The run has no figures of memory.")
     together = len([name for name in strategies(result) if name != DIRECT]) > 1
     caption = (
-        "The most that was used at a time. One server holds the engines of all strategies at once, so bars differ only "
-        "by what a strategy's load adds; for one engine's own memory, measure it alone (--strategy NAME). "
+        "Under load: the most that was used at a time. One server holds the engines of all strategies at once, so "
+        "these bars differ only by what a strategy's load adds. "
         if together
-        else "The most that was used at a time. "
+        else "Under load: the most that was used at a time. "
     )
+    if own["host"]:
+        caption += (
+            "Own models: what the processes of a strategy's engines hold after the run, shared pages in part; "
+            f"{_door_sentence(result)} "
+        )
     caption += f"The machine has {result.machine.memory_bytes / _GIB:.1f} GiB"
     whole = {point.gpu.memory_total_bytes for point in result.points if point.gpu}
     caption += f", its GPU {max(whole) / _GIB:.1f} GiB." if whole else "; no GPU memory was reported."
     return _bars("memory", title, caption, panels)
+
+
+def _own(result: PerfResult, size: Callable[[ModelMemory], int | None]) -> dict[str, list[float]]:
+    """GiB of each measured strategy whose models have processes of their own."""
+    found = {}
+    for name in strategies(result):
+        models = STRATEGIES[name].models if name in STRATEGIES else ()
+        sizes = [size(result.memory[model]) for model in models if model in result.memory]
+        known = [value for value in sizes if value is not None]
+        if models and len(known) == len(models):
+            found[name] = [sum(known) / _GIB]
+    return found
+
+
+def _door_sentence(result: PerfResult) -> str:
+    engines = {model for strategy in STRATEGIES.values() for model in strategy.models}
+    rest = sum(found.host_bytes for model, found in result.memory.items() if model not in engines)
+    return f"Triton, features and router hold {rest / _GIB:.2f} GiB more, which all strategies share."
 
 
 def cost_chart(result: PerfResult, price: Price | None) -> Chart:

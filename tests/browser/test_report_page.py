@@ -31,7 +31,7 @@ MARKS = {
     "stages": 3 * (4 * 4 + 2),
     "batches": 3 * 4,
     "caches": 3 * 16 + 1,
-    "memory": 2 * 5,
+    "memory": 2 * 5 + 2 * 3,
     "cost": 5,
     "energy": 5,
 }

@@ -12,9 +12,11 @@ from mtgr.errors import ConfigurationError, UnavailableError
 from mtgr.serving.server import TritonServer
 from perf.analyzer import Analyzer, Samples, StalledError, find_analyzer
 from perf.measure import DIRECT, Bench, mean_batch, mismatches
+from perf.model_memory import SERVER
 from perf.results_format import PerfResult, load
 from perf.run import main
-from perf.workload import Kind, WorkloadConfig, stored_traffic
+from perf.watch import answered_by, quiet_page
+from perf.workload import Kind, WorkloadConfig, door_steps, stored_traffic, write_input
 
 STRATEGIES = ("baseline", "onnx", "auto", DIRECT)
 
@@ -39,7 +41,8 @@ def test_every_point_was_measured(result: PerfResult) -> None:
     assert sweep == {(strategy, level) for strategy in STRATEGIES for level in (1.0, 8.0)}
     rates = [point for point in result.points if point.mode == "request_rate"]
     assert {point.strategy for point in rates} == {"baseline", "onnx", "auto"}
-    assert all(point.tool == "perf_analyzer" for point in result.points[:-1])
+    assert {point.tool for point in result.points if point.mode == "concurrency"} == {"perf_analyzer"}
+    assert {point.tool for point in rates} == {"perf_analyzer" if find_analyzer().exact_rates else "load_generator"}
     for point in result.points:
         assert not point.errors, point
         assert point.requests == len(point.latency_samples_ms) >= 20
@@ -49,6 +52,13 @@ def test_every_point_was_measured(result: PerfResult) -> None:
     for point in rates:
         assert point.offered_rate is not None
         assert point.throughput == pytest.approx(point.offered_rate, rel=0.6)
+
+
+def test_each_model_has_memory_of_its_own(result: PerfResult) -> None:
+    whole = max(point.server_memory_bytes for point in result.points)
+    assert {"mtgr_baseline", "mtgr_onnx_rank", "mtgr_features", "mtgr_router", SERVER} <= set(result.memory)
+    assert all(10 << 20 < found.host_bytes < whole for found in result.memory.values())
+    assert sum(found.host_bytes for found in result.memory.values()) < whole
 
 
 def test_server_and_client_count_the_same(result: PerfResult) -> None:
@@ -85,9 +95,27 @@ def test_it_says_how_to_do_it_again(result: PerfResult) -> None:
     assert result.threads["mtgr_onnx_rank.intra_op_thread_count"] == 1
     assert result.versions["perf_analyzer"].startswith("2.")
     assert result.versions["triton"].startswith("2.")
-    for point in result.points[:-1]:
+    for point in result.points:
+        if point.tool != "perf_analyzer":
+            continue
         assert "-m" in point.command
         assert any(part.startswith("--request-count=") for part in point.command)
+
+
+def test_what_is_known_of_rates_holds_for_the_perf_analyzer_at_hand(
+    server: TritonServer, model_repository: Path, tmp_path: Path
+) -> None:
+    try:
+        analyzer = find_analyzer()
+    except ConfigurationError as error:
+        pytest.skip(str(error))
+    visits = stored_traffic(load_bundle(model_repository), WorkloadConfig(seed=4)).take(60)
+    data = write_input(tmp_path / "input.json", door_steps(visits, "baseline"))
+    before = quiet_page(server)
+    samples = analyzer.run(server.grpc_url, "mtgr", data, 60, rate=40.0)
+    served = sum(answered_by(before, quiet_page(server)).values())
+    assert len(samples.latencies_ms) == 60
+    assert served == (60 if analyzer.exact_rates else 120)
 
 
 class GivesUp(Analyzer):
@@ -95,6 +123,7 @@ class GivesUp(Analyzer):
 
     def __init__(self, errors: list[UnavailableError]) -> None:
         self.errors = errors
+        self.exact_rates = True
 
     def run(self, *_: Any, **__: Any) -> Samples:
         raise self.errors.pop(0)

@@ -181,7 +181,9 @@ def test_charts_without_data_say_why() -> None:
         )
 
     result = with_gpu()
-    empty = dataclasses.replace(result, points=[dataclasses.replace(bare(point), gpu=None) for point in result.points])
+    empty = dataclasses.replace(
+        result, points=[dataclasses.replace(bare(point), gpu=None) for point in result.points], memory={}
+    )
     missing = {chart.name: chart.missing for chart in charts(empty, None) if chart.draw is None}
     assert list(missing) == ["stages", "batches", "caches", "memory", "cost", "energy"]
     assert "reported no power" in missing["energy"]
@@ -190,6 +192,17 @@ def test_charts_without_data_say_why() -> None:
     assert list(missing) == ALL
     assert all(text.endswith(".") for text in missing.values())
     assert page(nothing, charts(nothing, None), "run.json").count("Not drawn.") == len(ALL)
+
+
+def test_memory_of_a_strategy_is_that_of_its_models() -> None:
+    chart = next(chart for chart in charts(with_gpu(), None) if chart.name == "memory")
+    assert "hold 0.75 GiB more" in chart.caption
+    own = {(row[0], row[1].split()[0]): float(row[2]) for row in chart.table.rows if "of its models" in row[1]}
+    host = {("baseline", "host"): 3.0, ("onnx", "host"): 1.5, ("vllm", "host"): 4.0}
+    assert own == host | {("baseline", "GPU"): 2.0, ("onnx", "GPU"): 0.0, ("vllm", "GPU"): 64.0}
+    older = dataclasses.replace(with_gpu(), memory={})
+    chart = next(chart for chart in charts(older, None) if chart.name == "memory")
+    assert "of its models" not in str(chart.table.rows) + chart.caption
 
 
 def test_cost_and_energy_are_those_of_an_answer() -> None:

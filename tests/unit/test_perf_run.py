@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtgr.errors import ConfigurationError, UnavailableError
-from perf.analyzer import Analyzer, StalledError, find_analyzer, read_profile
+from perf.analyzer import Analyzer, StalledError, exact_at_rates, find_analyzer, read_profile
 from perf.measure import DIRECT, mean_batch, mismatches
 from perf.results_format import CacheRatios, ModelCounts, Point
 from perf.run import _turns, saturation, table, thread_counts, verdicts
@@ -51,6 +51,13 @@ def test_raw_samples_of_an_exported_profile(tmp_path: Path) -> None:
     path.write_text(json.dumps({"experiments": [{"requests": []}]}), encoding="utf-8")
     with pytest.raises(UnavailableError, match="exported no requests"):
         read_profile(path, [])
+
+
+def test_versions_that_send_all_twice_at_a_rate_are_known() -> None:
+    assert [exact_at_rates(version) for version in ("2.51.0", "2.9", "2.52.0", "2.57.0", "3.0", "unknown")] == [
+        *(True, True),
+        *(False, False, False, False),
+    ]
 
 
 def test_what_perf_analyzer_lacks_is_named(tmp_path: Path) -> None:

@@ -183,6 +183,16 @@ def test_ready_rows_are_padded_to_buckets(bundle: Bundle, tmp_path: Path) -> Non
         list(row_steps(stored_traffic(bundle, WorkloadConfig(bad_share=0.8)).take(20), bundle))
 
 
+@pytest.mark.parametrize("apart", [30, 10 * USERS])
+def test_nobody_asks_again_at_once(bundle: Bundle, apart: int) -> None:
+    config = WorkloadConfig(zipf=1.0, new_user_share=0.0, repeat_share=0.0, apart=apart)
+    users = [visit.request.user_id for visit in stored_traffic(bundle, config).take(1500)]
+    apart = min(apart, USERS // 2)
+    for start in range(len(users) - apart + 1):
+        assert len(set(users[start : start + apart])) == apart
+    assert Counter(users).most_common(1)[0][1] > 3 * 1500 / USERS or apart == USERS // 2
+
+
 def test_few_items_do_not_repeat_a_request(bundle: Bundle) -> None:
     traffic = stored_traffic(bundle, WorkloadConfig(repeat_share=0.9, candidates_median=1, candidates_sigma=0))
     few = Traffic(traffic.users, traffic.items[:200], traffic.config).take(300)
@@ -193,6 +203,7 @@ def test_few_items_do_not_repeat_a_request(bundle: Bundle) -> None:
     ("values", "sentence"),
     [
         ({"zipf": -1}, "zipf is -1; it must not be negative"),
+        ({"apart": -1}, "apart is -1; it must not be negative"),
         ({"history_median": 0}, "history_median is 0; it must be at least 1"),
         ({"bad_share": 0.6, "repeat_share": 0.5}, "nor their sum above 1"),
         ({"new_user_share": -0.1}, "none may be negative"),
