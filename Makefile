@@ -40,7 +40,7 @@ finetune: $(VENV)/.serve  ## adapt a checkpoint to new items, and show what it g
 quality: $(VENV)/.serve  ## MTGR, its ablations and its peers on MovieLens-100K: an hour of one thread
 	nice -n 10 $(BIN)/python -m perf.quality
 
-export: $(VENV)/.serve  ## put every engine that this machine can export into model_repository
+export: $(VENV)/.serve  ## put every engine that this machine can export into model_repository; a table says why others are left out
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --model-repository $(REPOSITORY) --artifacts build/artifacts
 
 vllm: $(VENV)/.vllm  ## install vLLM for the CPU, so that `make export` exports the vllm strategy

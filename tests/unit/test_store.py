@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sqlite3
 import subprocess
 import tempfile
@@ -17,38 +16,21 @@ import pytest
 
 from mtgr.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from mtgr.features.context import context_rows
-from mtgr.features.encoding import decode_record, encode_record
+from mtgr.features.encoding import decode_record
 from mtgr.features.redis import EVENTS_PREFIX, FOLD_BLOCKS, RECORD_PREFIX, RedisStore
 from mtgr.features.sqlite import SQLiteStore, write_store
 from mtgr.features.store import DamagedRecordError, FeatureStore, HistoryLimit, UserRecord
+from mtgr.serving.ports import free_ports
 from tests.unit.models import small_catalog, small_schema
+from tests.unit.records import assert_equal, record
 from tests.unit.redis_server import RedisServer
 
 LIMIT = HistoryLimit(max_history=200, realtime_step=50)
 Opener = Callable[[], FeatureStore]
 
 
-def record(events: int, seed: int = 0) -> UserRecord:
-    generator = np.random.default_rng(seed)
-    return UserRecord(
-        {"age": 30, "score": 1.5, "gender": "Ü"},
-        generator.integers(-(2**62), 2**62, events),
-        generator.integers(0, 5, events).astype(np.int32),
-        np.sort(generator.integers(0, 2**34, events)),
-    )
-
-
 def many(count: int) -> list[tuple[str, UserRecord]]:
     return [(f"user-{index}", record(50, index)) for index in range(count)]
-
-
-def assert_equal(found: UserRecord | None, expected: UserRecord) -> None:
-    assert found is not None
-    assert found.profile == expected.profile
-    for name, dtype in (("items", np.int64), ("actions", np.int32), ("times", np.int64)):
-        array = getattr(found, name)
-        assert array.dtype == dtype
-        np.testing.assert_array_equal(array, getattr(expected, name))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -268,50 +250,6 @@ def test_listeners_hear_of_changes_by_others(opened: Opener) -> None:
     assert len(heard) == 2
 
 
-# Encoding.
-
-
-@pytest.mark.parametrize("events", [0, 1, 2000])
-def test_encoding_round_trip(events: int) -> None:
-    assert_equal(decode_record(encode_record(record(events))), record(events))
-
-
-def test_encoding_of_extremes() -> None:
-    ends = np.array([-(2**63), 2**63 - 1, 0])
-    extreme = UserRecord({}, ends, np.array([-(2**31), 2**31 - 1, 0], dtype=np.int32), ends)
-    assert_equal(decode_record(encode_record(extreme)), extreme)
-
-
-@pytest.mark.parametrize("spread", [0, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32])
-def test_encoding_at_the_edges_of_widths(spread: int) -> None:
-    one = UserRecord({}, np.array([7, 7 + spread]), np.zeros(2, dtype=np.int32), np.array([-5, spread - 5]))
-    assert_equal(decode_record(encode_record(one)), one)
-
-
-def test_encoding_is_compact() -> None:
-    generator = np.random.default_rng(0)
-    times = np.sort(generator.integers(1_700_000_000, 1_700_000_000 + 10**8, 2000))
-    usual = UserRecord({}, generator.integers(1, 60_000, 2000), generator.integers(0, 5, 2000).astype(np.int32), times)
-    assert len(encode_record(usual)) / 2000 < 7.1
-
-
-def test_another_version_is_refused_with_a_sentence() -> None:
-    data = bytearray(encode_record(record(3)))
-    data[4] = 2
-    with pytest.raises(DamagedRecordError, match=r"has version 2, this release reads version 1; load the store again"):
-        decode_record(bytes(data))
-
-
-def test_every_cut_and_every_longer_record_is_damaged() -> None:
-    data = encode_record(record(3))
-    for length in range(len(data)):
-        with pytest.raises(DamagedRecordError, match="damaged"):
-            decode_record(data[:length])
-    for wrong in (data + b"\x00", b"XXXX" + data[4:], b"\x80\x04" + data):
-        with pytest.raises(DamagedRecordError, match="damaged"):
-            decode_record(wrong)
-
-
 # The embedded store alone.
 
 
@@ -512,7 +450,8 @@ def test_user_and_password_open_the_door() -> None:
 
 
 def test_tls_checks_the_server(tmp_path: Path) -> None:
-    key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    (port,) = free_ports("127.0.0.1", 1)
     subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
     made = ("-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "2")
     subprocess.run(["openssl", "req", "-x509", *made, *subject], check=True, capture_output=True)
@@ -530,9 +469,3 @@ def test_tls_checks_the_server(tmp_path: Path) -> None:
             stranger.close()
         finally:
             server.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
