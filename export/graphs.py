@@ -90,6 +90,7 @@ class PlainRetrieveGraph(nn.Module):
         super().__init__()
         self.model = model
         self.last = LastBlock(model.blocks[-1], sums=True) if last == "sums" else None
+        self.company = last == "company"
         with torch.no_grad():
             self.register_buffer(
                 "units", model.next_item_head.unit(model.embedding.item.all()[FIRST_ID:]), persistent=False
@@ -97,7 +98,11 @@ class PlainRetrieveGraph(nn.Module):
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """As ``MTGR.retrieve``."""
-        model, head = self.model, self.model.next_item_head
+        model = self.model
+        if self.company:
+            return self._best(
+                _LastRow(_is_last(context, self.units.dtype)).of(self._query(_in_company(model, context)))
+            )
         x, types, mask, bias, is_last = _before_last_block(model, context)
         last = _LastRow(is_last)
         if self.last is None:
@@ -110,8 +115,12 @@ class PlainRetrieveGraph(nn.Module):
                 None if bias is None else last.of_pairs(bias), None, own=False,
             )  # fmt: skip
             query = self._query(model.output_norm(row, row_types))
+        return self._best(query)
+
+    def _best(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.model.next_item_head
         logits = head.logits(query.squeeze(1), self.units, head.bias[FIRST_ID:]).float()
-        return _best(logits, model.retrieve_count)
+        return _best(logits, self.model.retrieve_count)
 
     def _query(self, x: Tensor) -> Tensor:
         """Unit vectors [B, q, d] by products, sums and a root, in fp32: squares of fp16 would overflow."""
@@ -150,8 +159,24 @@ def _before_last_block(model: MTGR, context: Tensor) -> tuple[Tensor, Tensor, Te
     x, _, mask, biases, self_biases = model.trunk_inputs(context, context[:, :0], visible)
     for block, bias, self_bias in zip(list(model.blocks)[:-1], biases, self_biases, strict=False):
         x = block(x, types, mask, bias, self_bias, context.shape[1])
-    is_last = ((types != TokenType.PADDING) & (slots == slots.amax(dim=1, keepdim=True))).to(x.dtype)
-    return x, types, mask, biases[-1], is_last
+    return x, types, mask, biases[-1], _is_last(context, x.dtype)
+
+
+def _is_last(context: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float [B, n], 1 at the last token of each user."""
+    slots, types = context[..., SLOT_COLUMN], context[..., TYPE_COLUMN]
+    return ((types != TokenType.PADDING) & (slots == slots.amax(dim=1, keepdim=True))).to(dtype)
+
+
+def _in_company(model: MTGR, context: Tensor) -> Tensor:
+    """Normalised outputs of the context, float [B, n, d], from ranking's network with two blank candidates."""
+    blank = context[:, :1] * 0
+    candidates = torch.cat([blank, blank], dim=1)
+    slots = torch.cat([context, candidates], dim=1)[..., SLOT_COLUMN]
+    visible = visible_by_order(
+        slots, context[..., TYPE_COLUMN], context[..., SLOT_COLUMN], model.config.static_attention
+    )
+    return model.trunk(context, candidates, visible)[:, : context.shape[1]]
 
 
 def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

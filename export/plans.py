@@ -108,17 +108,19 @@ def build_plan(
         ConfigurationError: If it cannot be built here, or is not close enough.
     """
     version = tensorrt_version()
-    ways = ways_to("rank" if model.endswith("rank") else "retrieve", version is not None and is_legacy(version))
+    legacy = version is not None and is_legacy(version)
     precision: Precision = Manifest.load(graph).precision  # type: ignore[assignment]
+    ways = ways_to("rank" if model.endswith("rank") else "retrieve", legacy, precision)
     with tempfile.TemporaryDirectory(prefix="mtgr.") as folder:
-        graphs = {PLAIN.last: graph}
+        graphs = {(PLAIN.last, precision): graph}
 
         def build(way: Way) -> Manifest:
-            if way.last not in graphs:
-                other = Path(folder) / way.last
-                export_artifact(checkpoint, model, other, precision, seed, force, plan_opset(), way.last)
-                graphs[way.last] = other
-            return build_checked_plan(checkpoint, model, graphs[way.last], plan, seed, force, way)
+            wanted = way.last, way.source(precision)
+            if wanted not in graphs:
+                other = Path(folder) / "-".join(wanted)
+                export_artifact(checkpoint, model, other, wanted[1], seed, force, plan_opset(), way.last)
+                graphs[wanted] = other
+            return build_checked_plan(checkpoint, model, graphs[wanted], plan, seed, force, way, precision)
 
         manifest = build_first(ways, build)
     manifest.save(plan.parent)
@@ -126,7 +128,14 @@ def build_plan(
 
 
 def build_checked_plan(
-    checkpoint: Checkpoint, model: str, graph: Path, plan: Path, seed: int = 0, force: bool = False, way: Way = PLAIN
+    checkpoint: Checkpoint,
+    model: str,
+    graph: Path,
+    plan: Path,
+    seed: int = 0,
+    force: bool = False,
+    way: Way = PLAIN,
+    precision: Precision | None = None,
 ) -> Manifest:
     """Build a plan of an exported graph in one way and compare it with the reference.
 
@@ -138,11 +147,13 @@ def build_checked_plan(
         seed: Of the rows that it is compared on.
         force: Keep a plan in low precision also if it is not close enough.
         way: Which the graph was exported for.
+        precision: Of the plan; None for the graph's own.
 
     Raises:
         ConfigurationError: If it cannot be built here, or is not close enough.
     """
-    precision: Precision = Manifest.load(graph).precision  # type: ignore[assignment]
+    precision = precision or Manifest.load(graph).precision  # type: ignore[assignment]
+    assert precision is not None
     options = way.options(BuildOptions(max_context=checkpoint.schema.max_context))
     manifest = build_tensorrt_engine(graph / "model.onnx", plan, precision, options)
     requests = sampled_requests(checkpoint, precision, seed).held_out

@@ -81,7 +81,7 @@ class _Built:
     profiles: tuple[Profile, ...]
     shapes: dict[str, list[Any]]
     layers: int
-    constraints: str  # whether 8.6 kept parts in fp32 that the graph says are: obeyed, preferred or dropped
+    constraints: str  # whether 8.6 kept parts in fp32 that the graph says are: obeyed, preferred, dropped; or none
 
 
 class _Build:
@@ -114,15 +114,18 @@ class _Build:
             parser = trt.OnnxParser(network, self._logger)
             if not parser.parse_from_file(str(source)):
                 raise ConfigurationError(_parse_problem(source, parser))
-            found = self._found(network)
-            if found != precision:
+            found = graph_precision(trt, network)
+            # 8.6 calls an fp16 graph fp32, and may build an fp16 plan of either.
+            if found != precision and not (self._legacy and (found, precision) == ("fp32", "fp16")):
                 raise ConfigurationError(
                     f"{source} is a graph in {found}, not in {precision}; export it with `--precision {precision}`."
                 )
             profiles = bucket_profiles(_inputs(network), options.max_context, options.max_batch, options.split)
-            config = self._config(builder, network, profiles, precision)
+            config = self._config(builder, profiles)
+            constraints = "none"
+            if self._legacy:
+                constraints = compat.allow_precision(trt, config, network, precision, options.free)
             plan = builder.build_serialized_network(network, config)
-            constraints = "obeyed"
             for loosened in compat.relaxations(trt, config, network) if self._legacy and plan is None else ():
                 constraints, plan = loosened, builder.build_serialized_network(network, config)
                 if plan is not None:
@@ -138,18 +141,12 @@ class _Build:
         self._keep_timings(config)
         return _Built(plan, profiles, _shapes(trt, network), network.num_layers, constraints)
 
-    def _found(self, network: Any) -> Precision:
-        found = graph_precision(self._trt, network)
-        if self._legacy and found == "fp32" and self._trt.float16 in compat.stated_types(self._trt, network).values():
-            return "fp16"
-        return found
-
     def _network(self, builder: Any) -> Any:
         if self._legacy:
             return compat.legacy_network(self._trt, builder)
         return builder.create_network(1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
-    def _config(self, builder: Any, network: Any, profiles: tuple[Profile, ...], precision: Precision) -> Any:
+    def _config(self, builder: Any, profiles: tuple[Profile, ...]) -> Any:
         trt, options = self._trt, self._options
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
@@ -168,10 +165,7 @@ class _Build:
                 raise ConfigurationError("TensorRT 8.6 knows no same_compute_capability; use ampere_plus or none.")
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
         if self._legacy:
-            compat.allow_precision(trt, config, network, precision)
-            if options.blas == "insist":
-                compat.with_cublas(trt, config)
-            elif not options.blas:
+            if not options.blas:
                 compat.without_blas(trt, config)
         else:
             config.progress_monitor = progress_monitor(trt)

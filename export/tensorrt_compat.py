@@ -24,14 +24,14 @@ def legacy_network(trt: Any, builder: Any) -> Any:
 
 
 def stated_types(trt: Any, network: Any) -> dict[str, Any]:
-    """The type that the graph gives each tensor, by name; the network's own are fp32 behind every cast.
+    """The type that the graph gives each tensor, by name; the network calls all floats fp32.
 
-    Constants keep theirs, and a cast knows what it casts to. All else has the type of its inputs, as operators of ONNX
-    take one type of floats.
+    A constant's weights and a cast know theirs. All else has the type of its inputs, as operators of ONNX take one
+    type of floats.
     """
     types: dict[str, Any] = {}
     for layer in _layers(network):
-        cast = _cast_to(trt, layer)
+        cast = _constant_type(trt, layer) if layer.type == trt.LayerType.CONSTANT else _cast_to(trt, layer)
         inputs = [types.get(tensor.name, tensor.dtype) for tensor in _inputs(layer)]
         for tensor in _outputs(layer):
             kind = tensor.dtype
@@ -41,7 +41,7 @@ def stated_types(trt: Any, network: Any) -> dict[str, Any]:
     return types
 
 
-def allow_precision(trt: Any, config: Any, network: Any, precision: str) -> None:
+def allow_precision(trt: Any, config: Any, network: Any, precision: str, free: bool = False) -> str:
     """Let the builder use what the graph's types mean, and nothing less where the graph says fp32.
 
     Args:
@@ -49,15 +49,22 @@ def allow_precision(trt: Any, config: Any, network: Any, precision: str) -> None
         config: Its builder config.
         network: The parsed network, whose fp32 parts (bias, time, mask, norms, TopK) are pinned.
         precision: ``fp32``, ``fp16`` or ``int8``.
+        free: Whether any layer may be in 16 bits instead, and none is pinned.
+
+    Returns:
+        ``obeyed`` where layers are pinned, else ``none``.
     """
     if precision == "int8":
-        # Without FP16: what stands between the quantizers is fp32 in the graph, and stays that.
+        # What stands between the quantizers is fp32 in the graph, and stays that unless it is free.
         config.set_flag(trt.BuilderFlag.INT8)
-    if precision != "fp16":
-        return
-    config.set_flag(trt.BuilderFlag.FP16)
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    if precision == "fp16" or (precision == "int8" and free):
+        config.set_flag(trt.BuilderFlag.FP16)
+    if precision != "fp16" or free:
+        return "none"
     types = stated_types(trt, network)
+    if trt.float16 not in types.values():
+        return "none"  # the parser has told nothing, and all would be pinned
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     # A conversion is told by its two types, and a constant or a shape by what uses it.
     free = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
     for layer in _layers(network):
@@ -69,6 +76,7 @@ def allow_precision(trt: Any, config: Any, network: Any, precision: str) -> None
         layer.precision = trt.float32
         for place in wide:
             layer.set_output_type(place, trt.float32)
+    return "obeyed"
 
 
 def _layers(network: Any) -> Iterator[Any]:
@@ -82,6 +90,14 @@ def _outputs(layer: Any) -> list[Any]:
 def _inputs(layer: Any) -> list[Any]:
     found = [layer.get_input(place) for place in range(layer.num_inputs)]
     return [tensor for tensor in found if tensor is not None]  # optional ones
+
+
+def _constant_type(trt: Any, layer: Any) -> Any:
+    """What a constant's weights are stored in, if that is fp16; None otherwise."""
+    if layer.get_output(0).dtype != trt.float32:
+        return None
+    layer.__class__ = trt.IConstantLayer  # the bindings give the base class
+    return trt.float16 if str(getattr(layer.weights, "dtype", "")) in ("float16", "DataType.HALF") else None
 
 
 def _cast_to(trt: Any, layer: Any) -> Any:
@@ -115,13 +131,6 @@ def relaxations(trt: Any, config: Any, network: Any) -> Iterator[str]:
                 if layer.output_type_is_set(place):
                     layer.reset_output_type(place)
     yield "dropped"
-
-
-def with_cublas(trt: Any, config: Any) -> None:
-    """Let 8.6 take matrix products from cuBLAS, which it does outside of plugins only when told; no cuDNN."""
-    config.set_preview_feature(trt.PreviewFeature.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, False)
-    names = ("CUBLAS", "CUBLAS_LT", "JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS")
-    config.set_tactic_sources(sum(1 << int(getattr(trt.TacticSource, name)) for name in names))
 
 
 def without_blas(trt: Any, config: Any) -> None:

@@ -27,8 +27,9 @@ class BuildOptions:
         hardware: GPUs other than this one that the plan shall run on; None for this one only.
         version_compatible: Whether later TensorRT versions may load the plan; costs some speed.
         tf32: Whether fp32 products may round to TF32; off, as parity asks for.
-        blas: Whether 8.6 may use cuBLAS and cuDNN; ``insist`` lets it use cuBLAS for whatever it builds, which it does
-            not by itself, and no cuDNN.
+        blas: Whether 8.6 may use cuBLAS and cuDNN.
+        free: Whether 8.6 may compute any layer of an fp16 or INT8 plan in 16 bits, whatever the graph says; an fp16
+            plan is then built of the graph in fp32. Parity decides whether such a plan is good enough.
         timing_cache: File that keeps the timings of kernels from build to build; None for no such file.
     """
 
@@ -40,7 +41,8 @@ class BuildOptions:
     hardware: Hardware | None = None
     version_compatible: bool = False
     tf32: bool = False
-    blas: bool | Literal["insist"] = True
+    blas: bool = True
+    free: bool = False
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:

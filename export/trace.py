@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from export.onnx_graphs import Graph
 from export.opset import OPSET_17, lower_to_17, traced_opset
+from export.tensorrt_norms import without_divisions
 
 OPSET = 20
 
@@ -22,8 +23,11 @@ OPSET = 20
 def save_graph(module: nn.Module, path: Path, example: tuple[Tensor, ...], graph: Graph, opset: int = OPSET) -> None:
     """Trace ``module`` on ``example`` rows and write an ONNX file."""
     trace(module, example, graph.inputs, graph.outputs, graph.dynamic_shapes, traced_opset(opset)).save(path)
-    if opset == OPSET_17:
+    if opset == OPSET_17:  # for TensorRT 8.6
         lower_to_17(path)
+        model = onnx.load(path)
+        without_divisions(model)
+        onnx.save(model, path)
     onnx.checker.check_model(str(path))
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from export import tensorrt_ways as ways
 from export.last_token import LastToken
 from export.tensorrt_options import Precision
-from export.tensorrt_ways import ways_to
+from export.tensorrt_ways import Kind, Way
 
-Kind = Literal["rank", "retrieve"]
 Lengths = Literal["dynamic", "fixed", "b1", "b8"]
 """Axes that vary: all; the batch alone, at lengths of ``BUCKET``; or none, so that a CUDA graph holds it best."""
+Try = tuple[Lengths, Way]
 
 BUCKET = (512, 256)  # context and candidates that are timed, and those of graphs of fixed lengths
 # Batch, context and candidates: lone and merged requests, the shortest, and what is longer than the bucket.
@@ -35,64 +36,89 @@ class Wanted:
 
     Attributes:
         kind: What it does.
-        precision: Of weights and activations.
+        precision: Of the plan.
         preset: Of the network; ``-bias`` behind it for relative biases.
-        lengths: Which axes vary, the first that TensorRT builds.
-        cublas: Whether 8.6 may take its products from a cuBLAS that the host has.
+        tries: Lengths and ways, in the order in which they are tried.
+        label: What tells it from others of its preset, kind and precision; they are built side by side, as one that
+            was tried after another would begin too late.
     """
 
     kind: Kind
     precision: Precision
     preset: str
-    lengths: tuple[Lengths, ...] = ("dynamic",)
-    cublas: bool = False
+    tries: tuple[Try, ...]
+    label: str = ""
 
     @property
-    def graph(self) -> str:
-        """What its graphs are called."""
+    def family(self) -> str:
+        """What it shares with others of its preset, kind and precision."""
         return f"{self.preset}-{self.kind}-{self.precision}"
 
     @property
     def name(self) -> str:
         """What it is called."""
-        varying = "" if self.lengths[0] == "dynamic" else f"-{self.lengths[0]}"
-        return self.graph + varying + ("-cublas" if self.cublas else "")
+        return self.family + (f"-{self.label}" if self.label else "")
 
     def graphs(self) -> Iterator[tuple[str, Lengths, LastToken]]:
         """The graphs that it may be built from."""
-        for lengths in self.lengths:
-            ways = ways_to(self.kind, legacy=True)[: None if lengths == "dynamic" else 1]
-            for last in dict.fromkeys(way.last for way in ways):
-                yield self.graph, lengths, last
+        for lengths, way in self.tries:
+            yield title_of(self.preset, self.kind, self.precision, way), lengths, way.last
 
 
-DYNAMIC_OR_FIXED: tuple[Lengths, ...] = ("dynamic", "fixed")
+def dynamic(*tried: Way) -> tuple[Try, ...]:
+    """Ways with lengths that vary."""
+    return tuple(("dynamic", way) for way in tried)
+
+
+_FREE: tuple[Try, ...] = (*dynamic(ways.FREE, ways.FREE_ONE), ("fixed", ways.FREE))
+_TYPED = dynamic(ways.PLAIN, ways.ONE)
+_COMPANY = dynamic(ways.COMPANY, ways.COMPANY_ONE, ways.COMPANY_ALONE)
+_FREE_COMPANY = dynamic(ways.FREE_COMPANY, ways.FREE_COMPANY_ONE)
+_OTHERS = dynamic(ways.SUMS, ways.ROWS)
 PLANS = (
-    Wanted("rank", "fp16", "large", DYNAMIC_OR_FIXED),
-    Wanted("rank", "fp16", "large", ("b8",)),
-    Wanted("retrieve", "fp32", "small"),
-    Wanted("retrieve", "fp16", "small"),
-    Wanted("rank", "fp16", "small", DYNAMIC_OR_FIXED),
-    Wanted("rank", "fp16", "large", ("b8",), cublas=True),
-    Wanted("rank", "fp16", "large", ("b1",)),
-    Wanted("rank", "fp32", "small"),
-    Wanted("rank", "fp16", "small", ("b8",)),
-    Wanted("rank", "fp16", "small", ("b1",)),
-    Wanted("retrieve", "fp16", "large"),
-    Wanted("retrieve", "fp32", "large"),
-    Wanted("rank", "fp16", "large", cublas=True),
-    Wanted("rank", "fp32", "large"),
-    Wanted("rank", "int8", "small"),
-    Wanted("rank", "int8", "large"),
-    Wanted("rank", "fp16", "small-bias", DYNAMIC_OR_FIXED),
-    Wanted("retrieve", "int8", "small"),
-    Wanted("retrieve", "int8", "large"),
+    # Large networks take longest, so they begin first.
+    Wanted("rank", "fp16", "large", _FREE),
+    Wanted("retrieve", "fp32", "large", _COMPANY),
+    Wanted("retrieve", "fp16", "large", _FREE_COMPANY),
+    Wanted("rank", "fp16", "large", _TYPED, "typed"),
+    Wanted("rank", "int8", "large", _TYPED),
+    Wanted("rank", "fp32", "large", _TYPED),
+    Wanted("rank", "fp16", "large", (("b8", ways.FREE),), "b8"),
+    Wanted("retrieve", "fp32", "large", _OTHERS, "others"),
+    Wanted("rank", "fp16", "small", _FREE),
+    Wanted("retrieve", "fp32", "small", _COMPANY),
+    Wanted("retrieve", "fp16", "small", _FREE_COMPANY),
+    Wanted("rank", "int8", "large", dynamic(ways.FREE, ways.FREE_ONE), "fp16"),
+    Wanted("rank", "fp16", "small", _TYPED, "typed"),
+    Wanted("rank", "fp32", "small", _TYPED),
+    Wanted("rank", "int8", "small", _TYPED),
+    Wanted("retrieve", "fp32", "small", _OTHERS, "others"),
+    Wanted("rank", "fp16", "small", (("b8", ways.FREE),), "b8"),
+    Wanted("rank", "int8", "small", dynamic(ways.FREE, ways.FREE_ONE), "fp16"),
+    Wanted("retrieve", "fp16", "small", dynamic(ways.COMPANY, ways.SUMS), "typed"),
+    Wanted("rank", "fp16", "large", (("b1", ways.FREE),), "b1"),
+    Wanted("retrieve", "fp16", "large", dynamic(ways.COMPANY, ways.SUMS), "typed"),
+    Wanted("retrieve", "int8", "small", dynamic(ways.COMPANY, ways.SUMS)),
+    Wanted("retrieve", "int8", "large", dynamic(ways.COMPANY, ways.SUMS)),
+    Wanted("rank", "fp16", "small", (("b1", ways.FREE),), "b1"),
+    Wanted("rank", "fp16", "small-bias", _TYPED),
 )
 TINY_PLANS = (
-    *(Wanted(kind, precision, "tiny") for kind in ("rank", "retrieve") for precision in ("fp32", "fp16", "int8")),
-    Wanted("rank", "fp16", "tiny", ("b1",)),
-    Wanted("rank", "fp16", "tiny", ("fixed",)),
+    Wanted("rank", "fp16", "tiny", _FREE),
+    Wanted("rank", "fp16", "tiny", _TYPED, "typed"),
+    Wanted("rank", "fp32", "tiny", _TYPED),
+    Wanted("rank", "int8", "tiny", _TYPED),
+    Wanted("rank", "fp16", "tiny", (("b1", ways.FREE),), "b1"),
+    Wanted("rank", "fp16", "tiny", (("fixed", ways.PLAIN),), "fixed"),
+    Wanted("retrieve", "fp32", "tiny", _COMPANY),
+    Wanted("retrieve", "fp16", "tiny", dynamic(ways.FREE_COMPANY, ways.SUMS)),
+    Wanted("retrieve", "int8", "tiny", dynamic(ways.ROWS)),
 )
+
+
+def title_of(preset: str, kind: Kind, precision: Precision, way: Way) -> str:
+    """What a graph is called; plans may share it."""
+    return f"{preset}-{kind}-{way.source(precision)}"
 
 
 def folder_of(work: Path, preset: str) -> Path:
@@ -100,6 +126,6 @@ def folder_of(work: Path, preset: str) -> Path:
     return work / "checkpoints" / preset
 
 
-def graph_of(work: Path, graph: str, lengths: str, last: LastToken = "products") -> Path:
-    """Where a graph lies; plans may share it."""
-    return work / graph / (lengths if last == "products" else f"{lengths}-{last}") / "model.onnx"
+def graph_of(work: Path, title: str, lengths: str, last: LastToken = "products") -> Path:
+    """Where a graph lies."""
+    return work / "graphs" / title / (lengths if last == "products" else f"{lengths}-{last}") / "model.onnx"

@@ -66,14 +66,14 @@ def export_step(options: argparse.Namespace) -> int:
             shapes[name] = list(rows)
             write_cases(model, rows, options.work, name)
             for plan in plans:
-                if plan.preset == name and plan.graph not in losses:
-                    losses[plan.graph] = loss_of(model, plan, rows, options.work)
+                if plan.preset == name and plan.family not in losses:
+                    losses[plan.family] = loss_of(model, plan, rows, options.work)
         problems = {job: future.result() for job, future in written.items()}
     entries = []
     for plan in plans:
-        failed = {"-".join(job[1:]): problems[job] for job in plan.graphs() if problems[job] is not None}
+        failed = {"-".join(job): problems[job] for job in plan.graphs() if problems[job] is not None}
         entries.append(
-            entry_of(models[plan.preset], plan, shapes[plan.preset], losses[plan.graph]) | {"graphs": failed}
+            entry_of(models[plan.preset], plan, shapes[plan.preset], losses[plan.family]) | {"graphs": failed}
         )
     write_json(options.work / "graphs.json", entries)
     return int(any(problem is not None for problem in problems.values()))
@@ -134,12 +134,11 @@ def entry_of(model: Checkpoint, plan: Wanted, shapes: list[str], loss: float) ->
     """What a plan must hold."""
     return {
         "name": plan.name,
-        "graph": plan.graph,
-        "lengths_tried": list(plan.lengths),
+        "family": plan.family,
+        "tries": [[lengths, way.name] for lengths, way in plan.tries],
         "preset": plan.preset,
         "kind": plan.kind,
         "precision": plan.precision,
-        "cublas": plan.cublas,
         "cases": f"{plan.preset}.npz",
         "shapes": shapes,
         "timed": [shape for shape in TIMED if shape in shapes],
@@ -156,10 +155,10 @@ def loss_of(model: Checkpoint, plan: Wanted, rows: dict[str, tuple[Tensor, Tenso
     if plan.precision != "fp32":
         entry = entry_of(model, plan, list(rows), 0.0)
         attempted(
-            f"{plan.graph} in PyTorch",
+            f"{plan.family} in PyTorch",
             lambda: found.update(error=native_error(model, rows, entry, work, plan.precision)),
         )
-    print(f"   {plan.graph}: PyTorch's own error {found['error']:.2e}", flush=True)
+    print(f"   {plan.family}: PyTorch's own error {found['error']:.2e}", flush=True)
     return found["error"]
 
 
@@ -189,9 +188,9 @@ def graph_in_process(options: argparse.Namespace, title: str, lengths: Lengths, 
 
 def graph_step(options: argparse.Namespace) -> int:
     """Write one graph, with the axes that vary as ``--lengths`` says."""
-    plan = next(plan for plan in (*PLANS, *TINY_PLANS) if plan.graph == options.only)
-    model = load_checkpoint(folder_of(options.work, plan.preset))
-    graph = graph_of(model, f"mtgr_onnx_{plan.kind}", plan.precision, options.last)
+    preset_name, kind, precision = options.only.rsplit("-", 2)
+    model = load_checkpoint(folder_of(options.work, preset_name))
+    graph = graph_of(model, f"mtgr_onnx_{kind}", precision, options.last)
     users, lengths = 2, (40, 12)
     if options.lengths != "dynamic":
         users, lengths = STATIC.get(options.lengths, users), BUCKET
@@ -203,7 +202,7 @@ def graph_step(options: argparse.Namespace) -> int:
     with replaced_directory(target.parent) as staging:  # a graph that is there is a whole one
         path = staging / target.name
         save_graph(graph.module, path, example[: len(graph.inputs)], graph, OPSET)
-        if plan.precision == "int8":
+        if precision == "int8":
             quantize_for_tensorrt(path, path, calibration(model, graph.inputs, options))
     return 0
 

@@ -75,7 +75,7 @@ def report_step(options: argparse.Namespace) -> int:
             if entry["kind"] == "rank" and "b8" in found and "b8" in times
         ]
         print(
-            f"{entry['name']:26} {entry.get('lengths', 'not built'):10} {entry.get('way', '')} "
+            f"{entry['name']:26} {entry.get('lengths', 'not built'):10} {entry.get('way', entry.get('refused', ''))} "
             f"{entry.get('build', {}).get('constraints', '')} holds {entry.get('holds')!s:6} "
             f"error {entry.get('max_error')} p50 {entry.get('p50')} as CUDA graphs {graphs.get('p50')} "
             f"{graphs.get('failed', '')} served {served.get(entry['name'], {}).get('p50')} {' '.join(ratios)}"

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-ROUNDS, WARM = 100, 20
-SHAPE_S = 4.0  # a slow shape gets fewer rounds, but no fewer than these
+ROUNDS, WARM = 100, 10
+SHAPE_S = 2.0  # a slow shape gets fewer rounds, but no fewer than these
 FEWEST = 30
 FIXED_BATCH = 8  # the largest of plans of one bucket
 TOLERANCE = 1e-5  # fp32

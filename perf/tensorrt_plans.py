@@ -1,12 +1,12 @@
 """Build and time the plans of ``perf.tensorrt_gpu``. Python 3.10 with TensorRT 8.6, without PyTorch.
 
-    python -m perf.tensorrt_plans build --work FOLDER [--until EPOCH] [--jobs 8] [--dry-run]
+    python -m perf.tensorrt_plans build --work FOLDER [--until EPOCH] [--jobs 12] [--dry-run]
     python -m perf.tensorrt_plans measure --work FOLDER [--until EPOCH] [--dry-run]
 
-Each plan is built in the first way that leads to one (``export.tensorrt_ways``); what of fp16 ranking is refused with
-dynamic lengths is built for one bucket. Builds run side by side, each in a process of its own, so that one that crashes
-or hangs costs only itself, and goes on with the next way; times are taken afterwards, one plan at a time, as it runs
-and as a CUDA graph. With ``--dry-run`` ONNX Runtime takes the place of plans, on a CPU.
+Each plan is built in the first of its ways that leads to one (``perf.tensorrt_entries``). Builds run side by side, each
+in a process of its own, so that one that crashes or hangs costs only itself, and goes on with the next way; times are
+taken afterwards, one plan at a time, as it runs and as a CUDA graph. With ``--dry-run`` ONNX Runtime takes the place of
+plans, on a CPU.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 from export.tensorrt import build_tensorrt_engine
 from export.tensorrt_options import BuildOptions
 from export.tensorrt_runtime import plan_runtime
-from export.tensorrt_ways import PLAIN, Way, ways_to
+from export.tensorrt_ways import WAYS, Way
 from mtgr.errors import ConfigurationError
-from perf.tensorrt_entries import STATIC
+from perf.tensorrt_entries import STATIC, title_of
 from perf.tensorrt_entries import graph_of as graph_file
 from perf.tensorrt_measure import FIXED_BATCH, OnnxRunner, Runner, captured, parity, timed
 
-JOBS = 8
+JOBS = 12
 MEASURE_S = 60.0  # one plan: loading it, parity, and times
 
 
@@ -42,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of perf.tensorrt_gpu")
     parser.add_argument("--until", type=float, help="seconds since 1970 at which what still runs is ended")
     parser.add_argument("--jobs", type=int, default=JOBS, help="builds at a time")
-    parser.add_argument("--cublas", type=Path, help="folder with libcublas.so.12, for the plans that shall use it")
     parser.add_argument("--only", help="one graph, in this very process")
     parser.add_argument("--resume", action="store_true", help="with --only: leave out ways up to where a build ended")
     parser.add_argument("--dry-run", action="store_true")
@@ -75,9 +74,9 @@ def result_of(options: argparse.Namespace, entry: dict[str, Any], step: str) -> 
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def graph_of(work: Path, entry: dict[str, Any], lengths: str, way: Way = PLAIN) -> Path:
+def graph_of(work: Path, entry: dict[str, Any], lengths: str, way: Way) -> Path:
     """The graph that a plan is built from; two plans may share it."""
-    return graph_file(work, entry["graph"], lengths, way.last)
+    return graph_file(work, title_of(entry["preset"], entry["kind"], entry["precision"], way), lengths, way.last)
 
 
 def plan_of(work: Path, entry: dict[str, Any], lengths: str) -> Path:
@@ -99,8 +98,8 @@ def build_one(options: argparse.Namespace, entry: dict[str, Any]) -> int:
         begin = time.monotonic()
         try:
             built = _build(options, entry, lengths, way)
-        except ConfigurationError as error:
-            result["refused"][name] = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever stops one way must not cost the others
+            result["refused"][name] = str(error) if isinstance(error, ConfigurationError) else repr(error)
             print(f"   {entry['name']} {name}: {error}", flush=True)
         else:
             result |= {"lengths": lengths, "way": way.name, "last": way.last, "build": built}
@@ -113,9 +112,8 @@ def build_one(options: argparse.Namespace, entry: dict[str, Any]) -> int:
 
 def ways_of(entry: dict[str, Any]) -> Iterator[tuple[str, Way]]:
     """Lengths and ways of a plan, in the order in which they are tried."""
-    for lengths in entry["lengths_tried"]:
-        for way in ways_to(entry["kind"], legacy=True) if lengths == "dynamic" else (PLAIN,):
-            yield lengths, way
+    for lengths, name in entry["tries"]:
+        yield lengths, WAYS[name]
 
 
 def measure_one(options: argparse.Namespace, entry: dict[str, Any]) -> int:
@@ -123,8 +121,7 @@ def measure_one(options: argparse.Namespace, entry: dict[str, Any]) -> int:
     built = result_of(options, entry, "build")
     lengths, largest = built["lengths"], built["build"]["largest"]
     if options.dry_run:
-        way = next(way for known, way in ways_of(entry) if (known, way.name) == (lengths, built["way"]))
-        runner: Runner = OnnxRunner(graph_of(options.work, entry, lengths, way))
+        runner: Runner = OnnxRunner(graph_of(options.work, entry, lengths, WAYS[built["way"]]))
     else:
         runner = plan_runtime().Plan(str(plan_of(options.work, entry, lengths)))
     try:
@@ -151,21 +148,13 @@ def _in_process(options: argparse.Namespace, entry: dict[str, Any]) -> int:
     problem = "the time was over" if limit <= 0 else None
     command = [sys.executable, "-m", "perf.tensorrt_plans", options.step, "--work", str(options.work)]
     command += ["--only", entry["name"], *["--dry-run"] * options.dry_run]
-    if options.cublas is not None:
-        command += ["--cublas", str(options.cublas)]
-    environment = dict(os.environ)
-    if entry.get("cublas") and options.cublas is not None:
-        paths = [str(options.cublas), environment.get("LD_LIBRARY_PATH", "")]
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     tries = len(list(ways_of(entry))) if options.step == "build" else 1
     while problem is None:
         tries -= 1
         left = float("inf") if options.until is None else max(1.0, options.until - time.time())
         limit = min(left, limit)
         try:
-            status = subprocess.run(
-                command, check=False, timeout=None if limit == float("inf") else limit, env=environment
-            ).returncode
+            status = subprocess.run(command, check=False, timeout=None if limit == float("inf") else limit).returncode
         except subprocess.TimeoutExpired:
             status, problem = 1, f"it was ended after {limit:.0f} s"
         else:
@@ -184,19 +173,11 @@ def _in_process(options: argparse.Namespace, entry: dict[str, Any]) -> int:
 def _build(options: argparse.Namespace, entry: dict[str, Any], lengths: str, way: Way) -> dict[str, Any]:
     graph, plan = graph_of(options.work, entry, lengths, way), plan_of(options.work, entry, lengths)
     if not graph.is_file():
-        reason = entry["graphs"].get(f"{lengths}-{way.last}", "it was not written")
+        title = title_of(entry["preset"], entry["kind"], entry["precision"], way)
+        reason = entry["graphs"].get(f"{title}-{lengths}-{way.last}", "it was not written")
         raise ConfigurationError(f"there is no graph at {graph}: {reason}.")
     largest = STATIC.get(lengths, 32 if lengths == "dynamic" else FIXED_BATCH)
-    settings = way.options(
-        BuildOptions(
-            max_context=1024,
-            max_batch=largest,
-            workspace_gib=4.0,
-            blas="insist" if entry["cublas"] else False,
-        )
-    )
-    if entry["cublas"] and options.cublas is None:
-        raise ConfigurationError("this host has no cuBLAS for TensorRT 8.6; give its folder as --cublas.")
+    settings = way.options(BuildOptions(max_context=1024, max_batch=largest, workspace_gib=4.0, blas=False))
     if options.dry_run:
         return {"tensorrt": "dry run: ONNX Runtime", "largest": settings.max_batch, "profiles": [None]}
     manifest = build_tensorrt_engine(graph, plan, entry["precision"], settings)

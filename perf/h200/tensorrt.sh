@@ -25,24 +25,18 @@ else
   # The names by which Plan and Triton's stub find Python 3.10, TensorRT, and the CUDA runtime.
   export MTGR_TRT_PYTHONHOME=$base/trt/python MTGR_TRT_PYTHONPATH=$base/trt MTGR_CUDART=${cudart:-libcudart.so}
   export MTGR_TRT_LD_LIBRARY_PATH=$base/trt/python/lib:$base/trt/lib:$base/trt/tensorrt
-  # 8.6 asks for cuBLAS 12 by name; PyTorch brings a later one, whose functions are the same.
-  cublas=()
-  libraries=$("$python" -c 'import glob, sysconfig; print(*glob.glob(sysconfig.get_path("purelib") + "/nvidia/**/libcublas*.so.1[23]", recursive=True))')
-  for library in $libraries; do
-    mkdir -p "$work/cublas" && cublas=(--cublas "$work/cublas")
-    name=$(basename "$library")
-    ln -sf "$library" "$work/cublas/$name" && ln -sf "$library" "$work/cublas/${name%.so.*}.so.12"
-  done
   plans() {
     LD_LIBRARY_PATH=$MTGR_TRT_LD_LIBRARY_PATH${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} PYTHONHOME=$MTGR_TRT_PYTHONHOME \
-      PYTHONPATH=$PWD:$MTGR_TRT_PYTHONPATH "$base/trt/python/bin/python3.10" -m perf.tensorrt_plans "$@" --work "$work" "${cublas[@]}"
+      PYTHONPATH=$PWD:$MTGR_TRT_PYTHONPATH "$base/trt/python/bin/python3.10" -m perf.tensorrt_plans "$@" --work "$work"
   }
   found=$(find "$base/site/" /usr/lib/python3* -path '*python_backend_stubs/3.10/triton_python_backend_stub' 2>/dev/null | head -n 1)
   if [[ -n $found ]]; then stub=(--stub "$found"); else echo "tensorrt.sh: no stub of Triton for Python 3.10 was found" >&2; fi
 fi
-later=40 # seconds that must be left when builds end: PyTorch is timed, and the report written
-if [[ " ${steps[*]} " == *" measure "* ]]; then later=$((later + 120)); fi
-if [[ " ${steps[*]} " == *" serve "* ]]; then later=$((later + 90)); fi
+# Seconds that must be left when measuring and when builds end: PyTorch is timed before, and the report written.
+serving=10
+if [[ " ${steps[*]} " == *" serve "* ]]; then serving=80; fi
+later=$((serving + 20))
+if [[ " ${steps[*]} " == *" measure "* ]]; then later=$((later + 90)); fi
 status=0
 gpu() { "$python" -m perf.tensorrt_gpu "$@" --work "$work" "${dry[@]}"; }
 say() { echo "== $(($(date +%s) - begin)) s: $*"; }
@@ -62,7 +56,7 @@ for name in "${steps[@]}"; do
       rm -f "$work/built"
       torch=
       if [[ ! -e $work/torch.json ]]; then
-        TORCHINDUCTOR_COMPILE_THREADS=4 timeout "$seconds" "$python" -m perf.tensorrt_gpu torch --work "$work" \
+        TORCHINDUCTOR_COMPILE_THREADS=4 timeout "$((end - later + 40 - $(date +%s)))" "$python" -m perf.tensorrt_gpu torch --work "$work" \
           "${dry[@]}" --wait "$work/built" &
         torch=$!
       fi
@@ -71,8 +65,8 @@ for name in "${steps[@]}"; do
       touch "$work/built"
       if [[ -n $torch ]]; then wait "$torch" || status=1; fi
       ;;
-    measure) plans measure --until "$((end - 60))" || status=1 ;;
-    serve) gpu serve --until "$((end - 40))" "${stub[@]}" || status=1 ;;
+    measure) plans measure --until "$((end - serving))" || status=1 ;;
+    serve) gpu serve --until "$((end - 30))" "${stub[@]}" || status=1 ;;
     report) ;;
     *) echo "tensorrt.sh: there is no step $name" >&2; exit 2 ;;
   esac

@@ -121,6 +121,7 @@ class Layer:
         self.types: dict[int, Any] = {}
         self.name = ""
         self.to_type: Any = None
+        self.weights: Any = None
 
     @property
     def precision_is_set(self) -> bool:
@@ -150,6 +151,10 @@ class Layer:
 
 class CastLayer(Layer):
     """What the bindings make of a layer on demand."""
+
+
+class ConstantLayer(Layer):
+    """The same of a constant."""
 
 
 class Shared:
@@ -198,7 +203,7 @@ def fake_tensorrt(version: str = "11.4.0") -> Any:
     }
     for name, members in enums.items():
         setattr(trt, name, IntEnum(name, members.split(), start=0))
-    trt.ICastLayer = CastLayer  # type: ignore[attr-defined]
+    trt.ICastLayer, trt.IConstantLayer = CastLayer, ConstantLayer  # type: ignore[attr-defined]
     trt.float32, trt.float16 = trt.DataType.FLOAT, trt.DataType.HALF  # type: ignore[attr-defined]
 
     class ILogger:

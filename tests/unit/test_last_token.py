@@ -20,7 +20,7 @@ from mtgr.checkpoint import Checkpoint
 from tests.unit.models import small_catalog, small_config, small_schema, spread_model
 
 SHAPES = ((1, 1, 1), (2, 33, 1), (3, 130, 1), (1, 256, 1))
-PLAIN: tuple[LastToken, ...] = ("sums", "rows")
+PLAIN: tuple[LastToken, ...] = ("sums", "rows", "company")
 
 
 @pytest.fixture(scope="module", autouse=True)

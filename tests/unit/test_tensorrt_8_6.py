@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from export.tensorrt import build_tensorrt_engine
 from export.tensorrt_options import BuildOptions
-from export.tensorrt_ways import Way, build_first, ways_to
+from export.tensorrt_ways import PLAIN, WAYS, Way, build_first, ways_to
 from mtgr.errors import ConfigurationError
 from mtgr.manifest import Manifest
 from tests.unit.fake_tensorrt import Layer, Tensor, failed_build, fake_tensorrt, install, write_graph
@@ -26,7 +27,7 @@ def graph(tmp_path: Path) -> Path:
 
 
 def test_8_6_is_weakly_typed_and_keeps_fp32_parts(legacy: Any, graph: Path, tmp_path: Path) -> None:
-    """A network as 8.6 parses it: constants keep their type, and behind a cast everything claims to be fp32."""
+    """A network as 8.6 parses it: all floats claim to be fp32; weights and casts know better."""
     kinds, float32, float16 = legacy.LayerType, legacy.DataType.FLOAT, legacy.DataType.HALF
 
     def tensor(name: str, dtype: Any = float32) -> Tensor:
@@ -36,7 +37,7 @@ def test_8_6_is_weakly_typed_and_keeps_fp32_parts(legacy: Any, graph: Path, tmp_
         tensor("index", legacy.DataType.INT32),
         tensor("table"),
         tensor("time"),
-        tensor("w", float16),
+        tensor("w"),
     )
     norm, narrow, product, silu, wide, scores = map(tensor, ("norm", "narrow", "product", "silu", "wide", "scores"))
     pinned = [
@@ -46,9 +47,13 @@ def test_8_6_is_weakly_typed_and_keeps_fp32_parts(legacy: Any, graph: Path, tmp_
     ]
     to_half, back = Layer(kinds.CAST, narrow, inputs=(norm,)), Layer(kinds.CAST, wide, inputs=(silu,))
     to_half.to_type, back.to_type = float16, float32
+    wide_table, half = Layer(kinds.CONSTANT, table), Layer(kinds.CONSTANT, weight)
+    wide_table.weights, half.weights = np.zeros(1, np.float32), np.zeros(1, np.float16)
+    embedded = Layer(kinds.GATHER, tensor("token"), inputs=(weight, index))
     free = [
-        Layer(kinds.CONSTANT, table),
-        Layer(kinds.CONSTANT, weight),
+        wide_table,
+        half,
+        embedded,
         to_half,
         Layer(kinds.MATRIX_MULTIPLY, product, inputs=(narrow, weight)),
         Layer(kinds.ACTIVATION, silu, inputs=(product,)),
@@ -56,14 +61,14 @@ def test_8_6_is_weakly_typed_and_keeps_fp32_parts(legacy: Any, graph: Path, tmp_
         Layer(kinds.GATHER, tensor("row", legacy.DataType.INT32), inputs=(index, index)),
     ]
     last = Layer(kinds.ACTIVATION, scores, inputs=(wide,))
-    legacy.shared.layers = [*free[:2], *pinned, *free[2:], last]
+    legacy.shared.layers = [*free[:3], *pinned, *free[3:], last]
     manifest = build_tensorrt_engine(graph, tmp_path / "model.plan", options=BuildOptions(blas=False))
     shared = legacy.shared
     assert shared.network_flags == 1 << int(legacy.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
     assert shared.config.set == {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
     assert shared.config.tactics == 1 << 3 | 1 << 4  # neither cuBLAS nor cuDNN
     assert [(layer.precision, layer.types) for layer in (*pinned, last)] == [(float32, {0: float32})] * 4
-    assert [(layer.precision, layer.types) for layer in free] == [(None, {})] * 7
+    assert [(layer.precision, layer.types) for layer in free] == [(None, {})] * 8
     assert manifest.details["constraints"] == "obeyed"
 
 
@@ -83,16 +88,29 @@ def test_8_6_without_kernels_that_obey(legacy: Any, graph: Path, tmp_path: Path)
     assert "cannot build" in failed_build(graph, tmp_path)
 
 
-def test_8_6_is_asked_what_casts_make_of_a_graph(legacy: Any, graph: Path, tmp_path: Path) -> None:
+def test_8_6_pins_nothing_where_the_graph_tells_nothing(legacy: Any, graph: Path, tmp_path: Path) -> None:
     narrow = Layer(legacy.LayerType.CAST, Tensor("narrow", legacy.DataType.FLOAT, (-1,)))
     narrow.to_type = legacy.DataType.FLOAT
-    legacy.shared.layers = [narrow]
-    assert "is a graph in fp32, not in fp16" in failed_build(graph, tmp_path)
+    wide = Layer(legacy.LayerType.ELEMENTWISE, Tensor("wide", legacy.DataType.FLOAT, (-1,)))
+    legacy.shared.layers = [wide, narrow]
+    # Else it would be an fp32 plan under another name.
+    assert build_tensorrt_engine(graph, tmp_path / "model.plan").details["constraints"] == "none"
+    assert (legacy.shared.config.set, wide.precision) == ({"FP16"}, None)
     narrow.to_type = legacy.DataType.HALF
-    build_tensorrt_engine(graph, tmp_path / "model.plan")
+    assert build_tensorrt_engine(graph, tmp_path / "model.plan").details["constraints"] == "obeyed"
     # As older parsers say it.
     narrow.type, narrow.types = legacy.LayerType.IDENTITY, {0: legacy.DataType.HALF}
-    build_tensorrt_engine(graph, tmp_path / "model.plan")
+    assert build_tensorrt_engine(graph, tmp_path / "model.plan").details["constraints"] == "obeyed"
+    assert wide.precision == legacy.float32
+
+
+def test_8_6_may_be_free_to_use_16_bits(legacy: Any, graph: Path, tmp_path: Path) -> None:
+    free = BuildOptions(free=True)
+    assert build_tensorrt_engine(graph, tmp_path / "model.plan", options=free).details["constraints"] == "none"
+    assert (legacy.shared.config.set, legacy.shared.layers[0].precision) == ({"FP16"}, None)
+    legacy.shared.layers.append(Layer(legacy.LayerType.QUANTIZE))
+    build_tensorrt_engine(graph, tmp_path / "model.plan", "int8", free)
+    assert legacy.shared.config.set == {"FP16", "INT8"}
 
 
 def test_8_6_int8_and_what_it_lacks(legacy: Any, graph: Path, tmp_path: Path) -> None:
@@ -103,13 +121,6 @@ def test_8_6_int8_and_what_it_lacks(legacy: Any, graph: Path, tmp_path: Path) ->
     # No FP16: what is not quantised stays fp32.
     assert legacy.shared.config.set == {"INT8"}
     assert legacy.shared.layers[0].precision is None
-
-
-def test_8_6_takes_cublas_when_told(legacy: Any, graph: Path, tmp_path: Path) -> None:
-    build_tensorrt_engine(graph, tmp_path / "model.plan", options=BuildOptions(blas="insist"))
-    config = legacy.shared.config
-    assert config.tactics == 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4  # not cuDNN
-    assert config.previews == {"DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805": False}
 
 
 def manifest_of(way: Way) -> Manifest:
@@ -149,7 +160,18 @@ def test_the_first_way_that_leads_to_a_plan_is_taken() -> None:
 def test_ways_ask_the_builder_for_less() -> None:
     wanted = BuildOptions(max_batch=16, workspace_gib=2.0)
     assert [(way.options(wanted).split, way.options(wanted).max_batch) for way in ways_to("retrieve", legacy=True)] == [
-        (True, 16), (True, 16), (False, 16), (False, 16), (True, 1),
+        (True, 16), (True, 16), (True, 16), (False, 16), (True, 1),
     ]  # fmt: skip
     assert {way.options(wanted).workspace_gib for way in ways_to("rank", legacy=True)} == {2.0}
     assert len({way.name for way in ways_to("retrieve", legacy=True)}) == 5
+    assert all(WAYS[way.name] is way for way in ways_to("retrieve", legacy=True, precision="fp16"))
+
+
+def test_an_fp16_plan_may_be_built_of_the_graph_in_fp32() -> None:
+    typed, free = ways_to("rank", legacy=True, precision="fp16")[:2]
+    assert (typed.source("fp16"), free.source("fp16"), free.source("int8")) == ("fp16", "fp32", "int8")
+    assert (typed.options(BuildOptions()).free, free.options(BuildOptions()).free) == (False, True)
+    for precision in ("fp16", "int8"):
+        assert any(way.free for way in ways_to("rank", legacy=True, precision=precision))
+    assert not any(way.free for way in ways_to("rank", legacy=True))
+    assert ways_to("rank", legacy=False, precision="fp16") == (PLAIN,)

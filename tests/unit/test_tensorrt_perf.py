@@ -11,10 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from perf.tensorrt_entries import PLANS, Wanted
+from export.tensorrt_ways import WAYS
+from perf.tensorrt_entries import PLANS, TINY_PLANS, graph_of
 from perf.tensorrt_gpu import finite, kept
 from perf.tensorrt_measure import bound_of, error_of, in_parts, padded_to, sample
 from perf.tensorrt_plans import main, results
+from perf.tensorrt_serve import best_of
 
 WIDTH = 3
 
@@ -39,10 +41,13 @@ def graph(context: int | str, candidates: int | str) -> onnx.ModelProto:
     )
 
 
+TRIES = [["dynamic", "two profiles"], ["dynamic", "one profile"], ["fixed", "two profiles"]]
+
+
 def entry(name: str, **changes: Any) -> dict[str, Any]:
     return {
-        "name": name, "graph": name, "kind": "rank", "cublas": False,
-        "lengths_tried": ["dynamic", "fixed"], "graphs": {}, "cases": "cases.npz",
+        "name": name, "preset": name, "kind": "rank", "family": name, "tries": TRIES, "graphs": {},
+        "cases": "cases.npz",
         "precision": "fp32", "shapes": ["b1", "b9", "long"], "timed": ["b1"], "wanted": ["task_scores"],
         "native_error": 0.0, "first_id": 2, "temperature": 1.0, **changes,
     }  # fmt: skip
@@ -61,9 +66,10 @@ def work(tmp_path: Path) -> Path:
     cases["b9/task_scores"][8, 0, 0] += 0.5
     np.savez(tmp_path / "other.npz", **cases)
     for name, lengths, shape in (("good", "dynamic", ("n", "k")), ("fixed", "fixed", (6, 8))):
-        (tmp_path / name / lengths).mkdir(parents=True)
-        onnx.save(graph(*shape), tmp_path / name / lengths / "model.onnx")
-    entries = [entry("good"), entry("fixed"), entry("bad", graph="good", cases="other.npz"), entry("none")]
+        path = graph_of(tmp_path, f"{name}-rank-fp32", lengths)
+        path.parent.mkdir(parents=True)
+        onnx.save(graph(*shape), path)
+    entries = [entry("good"), entry("fixed"), entry("bad", preset="good", cases="other.npz"), entry("none")]
     (tmp_path / "graphs.json").write_text(json.dumps(entries))
     return tmp_path
 
@@ -86,9 +92,10 @@ def test_plans_are_built_and_measured_and_a_failure_costs_no_other(work: Path) -
     assert len(found["good"]["milliseconds"]["b1"]) == 3
     assert found["good"]["cuda_graphs"]["holds"]
     # A later call builds what is missing and nothing else.
-    (work / "none" / "fixed").mkdir()
-    onnx.save(graph(6, 8), work / "none" / "fixed" / "model.onnx")
-    (work / "good" / "dynamic" / "model.onnx").unlink()
+    late = graph_of(work, "none-rank-fp32", "fixed")
+    late.parent.mkdir(parents=True)
+    onnx.save(graph(6, 8), late)
+    graph_of(work, "good-rank-fp32", "dynamic").unlink()
     assert main(["build", *arguments]) == 0
     assert [plan["lengths"] for plan in results(work)] == ["dynamic", "fixed", "dynamic", "fixed"]
 
@@ -135,6 +142,7 @@ def test_slow_calls_are_made_fewer_times(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_build_goes_on_behind_the_way_at_which_its_process_ended(work: Path) -> None:
     state = work / "good" / "build.json"
+    state.parent.mkdir()
     state.write_text(json.dumps({"refused": {}, "begun": "dynamic, two profiles"}))
     arguments = ["build", "--work", str(work), "--dry-run", "--only", "good"]
     assert main([*arguments, "--resume"]) == 0
@@ -160,8 +168,52 @@ def test_a_batch_is_run_in_the_parts_that_a_plan_takes() -> None:
 
 def test_plans_have_names_and_graphs_of_their_own() -> None:
     assert len({plan.name for plan in PLANS}) == len(PLANS)
-    assert list(Wanted("rank", "fp16", "large", ("b8",)).graphs()) == [("large-rank-fp16", "b8", "products")]
-    assert {last for *_, last in Wanted("retrieve", "fp32", "small").graphs()} == {"sums", "rows", "products"}
+    names = {plan.name: plan for plan in PLANS}
+    assert list(names["large-rank-fp16-b8"].graphs()) == [("large-rank-fp32", "b8", "products")]  # nothing is pinned
+    assert set(names["large-rank-fp16-typed"].graphs()) == {("large-rank-fp16", "dynamic", "products")}
+    assert {last for *_, last in names["small-retrieve-fp32"].graphs()} == {"company"}
+    assert {plan.family for plan in PLANS} >= {
+        f"{preset}-{kind}-{precision}"
+        for preset in ("small", "large")
+        for kind in ("rank", "retrieve")
+        for precision in ("fp32", "fp16", "int8")
+    }
+    assert all(WAYS[way.name] is way for plan in (*PLANS, *TINY_PLANS) for _, way in plan.tries)
+
+
+def test_what_goes_wrong_in_one_way_is_kept_and_the_next_is_tried(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def build(options: Any, plan: Any, lengths: str, way: Any) -> dict[str, Any]:
+        tried.append((lengths, way.name))
+        if len(tried) == 1:
+            raise TypeError("no such attribute")
+        return {"largest": 32}
+
+    monkeypatch.setattr("perf.tensorrt_plans._build", build)
+    assert main(["build", "--work", str(work), "--only", "good"]) == 0
+    assert [list(key) for key in tried] == TRIES[:2]
+    built = json.loads((work / "good" / "build.json").read_text())
+    assert (built["way"], built["refused"]["dynamic, two profiles"]) == (
+        "one profile",
+        "TypeError('no such attribute')",
+    )
+
+
+def test_of_a_family_the_quickest_plan_that_agrees_is_served() -> None:
+    def plan(name: str, family: str, holds: bool | None, b8: float | None, lengths: str = "dynamic") -> dict[str, Any]:
+        times = {} if b8 is None else {"p50": {"b1": 0.5, "b8": b8}}
+        return entry(name, family=family, lengths=lengths, holds=holds, **times)
+
+    plans = [
+        plan("wrong", "a", False, 1.0),
+        plan("slow", "a", True, 3.0),
+        plan("quick", "a", True, 2.0),
+        plan("of one batch", "a", True, 1.0, "b8"),
+        plan("unknown", "b", None, None),
+        entry("not built", family="c"),
+    ]
+    assert [found["name"] for found in best_of(plans)] == ["quick", "unknown"]
 
 
 def test_a_graph_of_one_batch_takes_no_other() -> None:
