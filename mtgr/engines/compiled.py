@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -13,14 +13,14 @@ import torch
 
 from mtgr.checkpoint import load_checkpoint
 from mtgr.engines.checks import check_batch, check_order
-from mtgr.engines.compiled_graphs import BucketGraphs, Shape
+from mtgr.engines.compiled_graphs import DEPTH, BucketGraphs, Shape
 from mtgr.engines.compiled_network import CompiledNetwork, CompiledPrecision
+from mtgr.engines.pending import Arrays, Done, Pending
 from mtgr.engines.rows import RowChecker
 from mtgr.errors import ConfigurationError
 from mtgr.model import MTGR
 from mtgr.routing.buckets import CONTEXT_BUCKETS, bucket
 
-Arrays = dict[str, npt.NDArray[Any]]
 Operation = Literal["rank", "retrieve"]
 
 
@@ -80,6 +80,7 @@ class CompiledEngine:
             else None
         )
         self._lock = Lock()
+        self._under_way = BoundedSemaphore(DEPTH)
 
     def warm_up(self, shapes: Iterable[tuple[Operation, int, int, int]], *, measure: bool = True) -> None:
         """Find the fastest kernels for some shapes and capture their graphs, so that no request waits for it.
@@ -110,16 +111,46 @@ class CompiledEngine:
             InvalidRequestError: If the rows have another width than the schema's, an id is out of range, rows stand in
                 another order than the schema's builders give them, or there is no context.
         """
+        return self.submit(inputs).wait()
+
+    def submit(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Pending:
+        """Hand a batch over: on a GPU it is computed behind those ahead of it, while the caller goes on.
+
+        Waits where ``DEPTH`` batches are not answered. Arguments and errors are those of ``infer``.
+        """
         check_batch(inputs, self._checker)
         check_order(inputs, self.network.model.config.max_positions)
-        if self._graphs is not None:
+        if self._graphs is None:
+            return Done(self._computed(inputs))
+        self._under_way.acquire()
+        try:
             with self._lock:
-                return self._graphs.run(inputs)
+                return _Counted(self._graphs.launch(inputs), self._under_way)
+        except BaseException:
+            self._under_way.release()
+            raise
+
+    def _computed(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         context = _tensor(inputs["context"])
         if "candidates" in inputs:
             return {"task_scores": self.network.rank(context, _tensor(inputs["candidates"])).numpy()}
         items, scores = self.network.retrieve(context)
         return {"items": items.numpy(), "scores": scores.numpy()}
+
+
+class _Counted:
+    """A batch of the GPU, counted until it is waited for."""
+
+    ready = False
+
+    def __init__(self, replay: Pending, under_way: BoundedSemaphore) -> None:
+        self._replay, self._under_way = replay, under_way
+
+    def wait(self) -> Arrays:
+        try:
+            return self._replay.wait()
+        finally:
+            self._under_way.release()
 
 
 def _tensor(rows: npt.NDArray[Any]) -> torch.Tensor:

@@ -1,21 +1,29 @@
-"""CUDA graphs by bucket: a batch is one copy to the GPU, one launch, and one copy back."""
+"""CUDA graphs by bucket: a batch is one copy to the GPU, one launch, and one copy back.
+
+Batches may be handed over before the ones ahead of them are done: the host checks, copies and answers while the GPU
+computes, in the order in which they came.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mtgr.engines.compiled_network import CompiledNetwork
+from mtgr.engines.pending import Arrays
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
+
+# Batches that may be under way at a time: one computes, another is copied and queued behind it.
+DEPTH = 2
 
 # Launches before a capture: kernels are compiled, and libraries take their workspaces.
 _WARM_UPS = 2
@@ -56,31 +64,33 @@ class Staging:
     Args:
         shape: Of the batch.
         width: Columns of a row, W.
-        device: Of the computation; the host's piece is pinned if it is a GPU.
+        device: Of the computation; the host's pieces are pinned if it is a GPU.
+        pieces: Of host memory: a piece is free again when its copy to the device is done.
     """
 
-    def __init__(self, shape: Shape, width: int, device: torch.device) -> None:
-        self.host = torch.zeros(shape.rows, width, dtype=torch.int32, pin_memory=device.type == "cuda")
+    def __init__(self, shape: Shape, width: int, device: torch.device, pieces: int = 1) -> None:
+        pinned = device.type == "cuda"
+        self.host = torch.zeros(pieces, shape.rows, width, dtype=torch.int32, pin_memory=pinned)
         self.device = torch.zeros(shape.rows, width, dtype=torch.int32, device=device)
-        self._arrays = [part.numpy() for part in _parts(self.host, shape)]
+        self._arrays = [[part.numpy() for part in _parts(piece, shape)] for piece in self.host]
         self.context, self.candidates = _parts(self.device, shape)
 
-    def fill(self, context: npt.NDArray[Any], candidates: npt.NDArray[Any] | None) -> None:
-        """Write a batch into the host's piece, padded with zeros, and start its one copy to the device."""
-        for target, rows in zip(self._arrays, (context, candidates), strict=True):
+    def fill(self, context: npt.NDArray[Any], candidates: npt.NDArray[Any] | None, piece: int = 0) -> None:
+        """Write a batch into a piece of the host, padded with zeros, and start its one copy to the device."""
+        for target, rows in zip(self._arrays[piece], (context, candidates), strict=True):
             if rows is not None:
                 users, tokens = rows.shape[:2]
                 target[:users, :tokens] = rows
                 target[:users, tokens:] = 0
                 target[users:] = 0
-        self.device.copy_(self.host, non_blocking=True)
+        self.device.copy_(self.host[piece], non_blocking=True)
 
 
 class _Captured:
-    """One graph with its memory."""
+    """One graph with its memory, and host memory for as many batches as may be under way."""
 
     def __init__(self, network: CompiledNetwork, shape: Shape, width: int, device: torch.device, pool: Any) -> None:
-        self.staging = Staging(shape, width, device)
+        self.staging = Staging(shape, width, device, DEPTH)
 
         def run() -> tuple[Tensor, ...]:
             if shape.candidates is None:
@@ -94,18 +104,51 @@ class _Captured:
                 run()
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # Another thread may wait for the batch before, which a capture of the whole process would not bear.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = run()
-        self.host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in self.outputs]
+        self.host = [[torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in self.outputs] for _ in range(DEPTH)]
+        self.free: SimpleQueue[int] = SimpleQueue()
+        for piece in range(DEPTH):
+            self.free.put(piece)
 
-    def replay(self, context: npt.NDArray[Any], candidates: npt.NDArray[Any] | None) -> list[npt.NDArray[Any]]:
-        """Outputs of a batch, in memory that the next replay does not touch."""
-        self.staging.fill(context, candidates)
-        self.graph.replay()
-        for target, output in zip(self.host, self.outputs, strict=True):
-            target.copy_(output, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        return [target.numpy()[: len(context)].copy() for target in self.host]
+    def launch(self, context: npt.NDArray[Any], candidates: npt.NDArray[Any] | None) -> Replay:
+        """Queue a batch behind those that the GPU has; waits where ``DEPTH`` batches of this shape are not answered."""
+        piece = self.free.get()
+        try:
+            self.staging.fill(context, candidates, piece)
+            self.graph.replay()
+            for target, output in zip(self.host[piece], self.outputs, strict=True):
+                target.copy_(output, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        except BaseException:
+            self.free.put(piece)
+            raise
+        return Replay(self, piece, done, len(context), None if candidates is None else candidates.shape[1])
+
+
+class Replay:
+    """A batch on its way; whoever has it must wait for it, once."""
+
+    ready = False
+
+    def __init__(
+        self, captured: _Captured, piece: int, done: torch.cuda.Event, users: int, candidates: int | None
+    ) -> None:
+        self._captured, self._piece, self._done = captured, piece, done
+        self._users, self._candidates = users, candidates
+
+    def wait(self) -> Arrays:
+        """Outputs by name, as ``CompiledEngine.infer`` gives them, in memory of their own."""
+        try:
+            self._done.synchronize()
+            outputs = [target.numpy()[: self._users] for target in self._captured.host[self._piece]]
+            if self._candidates is None:
+                return {name: array.copy() for name, array in zip(("items", "scores"), outputs, strict=True)}
+            return {"task_scores": outputs[0][:, : self._candidates].copy()}
+        finally:
+            self._captured.free.put(self._piece)
 
 
 class BucketGraphs:
@@ -121,7 +164,7 @@ class BucketGraphs:
     def __init__(self, network: CompiledNetwork, width: int, device: torch.device, limit: int) -> None:
         self._network, self._width, self._device, self._limit = network, width, device, limit
         self._graphs: OrderedDict[Shape, _Captured] = OrderedDict()
-        # Graphs never run at the same time and their outputs are copied at once: all may use one memory.
+        # Graphs run one after the other and their outputs are copied in the same order: all may use one memory.
         self._pool = torch.cuda.graph_pool_handle()
 
     def captured(self, shape: Shape) -> _Captured:
@@ -131,22 +174,20 @@ class BucketGraphs:
             while len(self._graphs) >= self._limit:
                 self._graphs.popitem(last=False)
             with torch.cuda.device(self._device):
+                torch.cuda.current_stream().synchronize()  # a graph that was dropped may still run
                 found = _Captured(self._network, shape, self._width, self._device, self._pool)
             self._graphs[shape] = found
         self._graphs.move_to_end(shape)
         return found
 
-    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Outputs of a batch by name, as ``CompiledEngine.infer`` gives them."""
+    def launch(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Replay:
+        """Queue a batch."""
         context, candidates = inputs["context"], inputs.get("candidates")
         operation = "retrieve" if candidates is None else "rank"
         count = 0 if candidates is None else candidates.shape[1]
         shape = Shape.of(operation, len(context), context.shape[1], count)
         with torch.cuda.device(self._device):
-            outputs = self.captured(shape).replay(context, candidates)
-        if candidates is None:
-            return dict(zip(("items", "scores"), outputs, strict=True))
-        return {"task_scores": np.ascontiguousarray(outputs[0][:, :count])}
+            return self.captured(shape).launch(context, candidates)
 
 
 def _parts(rows: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -101,3 +101,14 @@ def test_warm_up_captures_what_is_asked_next(directory: Path) -> None:
     assert set(engine._graphs._graphs) == captured
     zeros = {name: np.zeros_like(rows) for name, rows in requests(0)[0].items()}
     assert np.isfinite(engine.infer(zeros)["task_scores"]).all()
+
+
+def test_batches_under_way_do_not_mix(directory: Path) -> None:
+    """As many at a time as may be, of the same graph and of others: each gets what it gets alone."""
+    engine = CompiledEngine(directory, "cuda", "fp16")
+    batches = [inputs for seed in range(6) for inputs in requests(seed)]
+    alone = [engine.infer(inputs)["task_scores"] for inputs in batches]
+    for first, second in zip(range(len(batches)), range(1, len(batches)), strict=False):
+        pending = [engine.submit(batches[index]) for index in (first, second)]
+        for index, one in zip((first, second), pending, strict=True):
+            np.testing.assert_allclose(one.wait()["task_scores"], alone[index], rtol=0, atol=1e-6)

@@ -1,6 +1,8 @@
 """Triton adapter of the PyTorch engines; the logic is in ``mtgr.engines.baseline`` and ``mtgr.engines.compiled``."""
 
 import json
+import queue
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from mtgr.engines.compiled import CompiledEngine, require_gpu, usual_shapes
 from mtgr.errors import InvalidRequestError
 
 INPUTS = ("context", "candidates")
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
@@ -32,13 +35,17 @@ class TritonPythonModel:
         else:
             self.engine = BaselineEngine(checkpoint, device)
 
+        self.under_way = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._answer_all, name="answers", daemon=True)
+        self.thread.start()
+
     def execute(self, requests):
-        """Responses in the order of the requests."""
-        responses = [None] * len(requests)
+        """Hand the requests over and return: answers are sent while the next batch is computed."""
         groups = {}
-        for index, request in enumerate(requests):
+        for request in requests:
+            sender = request.get_response_sender()
             if request.is_cancelled():
-                responses[index] = _error("the request was cancelled.", pb_utils.TritonError.CANCELLED)
+                sender.send(_error("the request was cancelled.", pb_utils.TritonError.CANCELLED), flags=FINAL)
                 continue
             tensors = {}
             for name in INPUTS:
@@ -46,31 +53,60 @@ class TritonPythonModel:
                 if tensor is not None:
                     tensors[name] = tensor.as_numpy()
             key = tuple((name, array.shape[1:]) for name, array in tensors.items())
-            groups.setdefault(key, []).append((index, tensors))
+            groups.setdefault(key, []).append((sender, tensors))
         for members in groups.values():
-            for index, response in zip((i for i, _ in members), self._run([t for _, t in members]), strict=True):
-                responses[index] = response
-        return responses
+            self._serve(members)
 
-    def _run(self, batch):
-        names = batch[0].keys()
+    def finalize(self):
+        """Let batches under way end."""
+        self.under_way.put(None)
+        self.thread.join()
+
+    def _serve(self, members):
+        batch = [tensors for _, tensors in members]
         merged = {
-            name: batch[0][name] if len(batch) == 1 else np.concatenate([t[name] for t in batch]) for name in names
+            name: batch[0][name] if len(batch) == 1 else np.concatenate([t[name] for t in batch]) for name in batch[0]
         }
         try:
-            answer = self.engine.infer(merged)
+            # Rows are taken over here: Triton takes their memory back when execute returns.
+            pending = self.engine.submit(merged)
         except InvalidRequestError as error:
-            if len(batch) > 1:  # find the one that is wrong; the others are answered
-                return [response for tensors in batch for response in self._run([tensors])]
-            return [_error(str(error), pb_utils.TritonError.INVALID_ARG)]
-        except RuntimeError as error:  # PyTorch's, such as out of memory: these requests fail, the next may not
-            return [_error(f"the network failed: {error}", pb_utils.TritonError.INTERNAL) for _ in batch]
-        ends = np.cumsum([len(tensors["context"]) for tensors in batch])[:-1]
-        parts = {name: np.split(array, ends) for name, array in answer.items()}
-        return [
-            pb_utils.InferenceResponse([pb_utils.Tensor(name, arrays[index]) for name, arrays in parts.items()])
-            for index in range(len(batch))
-        ]
+            if len(members) > 1:  # find the one that is wrong; the others are answered
+                for member in members:
+                    self._serve([member])
+            else:
+                members[0][0].send(_error(str(error), pb_utils.TritonError.INVALID_ARG), flags=FINAL)
+        except RuntimeError as error:
+            _fail(members, error)
+        else:
+            members = [(sender, len(tensors["context"])) for sender, tensors in members]
+            if pending.ready:
+                _answer(pending, members)
+            else:
+                self.under_way.put((pending, members))
+
+    def _answer_all(self):
+        while (batch := self.under_way.get()) is not None:
+            _answer(*batch)
+
+
+def _answer(pending, members):
+    try:
+        outputs = pending.wait()
+    except RuntimeError as error:
+        _fail(members, error)
+        return
+    first = 0
+    for sender, users in members:
+        parts = [pb_utils.Tensor(name, array[first : first + users]) for name, array in outputs.items()]
+        sender.send(pb_utils.InferenceResponse(parts), flags=FINAL)
+        first += users
+
+
+def _fail(members, error):
+    """PyTorch's errors, such as out of memory: these requests fail, the next may not."""
+    for sender, _ in members:
+        sender.send(_error(f"the network failed: {error}", pb_utils.TritonError.INTERNAL), flags=FINAL)
 
 
 def _error(message, code):
