@@ -245,6 +245,9 @@ class _GpuSamples:
         self._started = time.monotonic()
         if shutil.which("nvidia-smi"):
             command = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits", "-lms", "100"]
+            # Of several GPUs those that the server may use: others on this machine have other work.
+            if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+                command += ["-i", visible]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             self._reader = threading.Thread(target=self._read, daemon=True)
             self._reader.start()
