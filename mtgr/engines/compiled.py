@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import Any, Literal
@@ -36,6 +38,16 @@ def require_gpu(precision: CompiledPrecision, device: str) -> None:
         )
 
 
+def frequent_shapes(max_context: int) -> Iterator[tuple[Operation, int, int, int]]:
+    """What a busy server meets, most frequent first: batches of every size that the router makes by default."""
+    longest = bucket(max_context, CONTEXT_BUCKETS)
+    contexts = sorted((one for one in CONTEXT_BUCKETS if one <= longest), reverse=True)
+    for batch in (1, 8, 4, 2, 6, 5, 3):
+        for candidates in (256, 512, 1024, 128, 64, 16):
+            for context in contexts:
+                yield "rank", batch, context, candidates
+
+
 def usual_shapes(max_context: int) -> list[tuple[Operation, int, int, int]]:
     """What a server meets first, for ``CompiledEngine.warm_up``: lone and merged requests of every context bucket."""
     longest = bucket(max_context, CONTEXT_BUCKETS)
@@ -59,7 +71,7 @@ class CompiledEngine:
     """
 
     def __init__(
-        self, checkpoint: Path, device: str = "cpu", precision: CompiledPrecision = "fp32", max_graphs: int = 64
+        self, checkpoint: Path, device: str = "cpu", precision: CompiledPrecision = "fp32", max_graphs: int = 768
     ) -> None:
         loaded = load_checkpoint(checkpoint)
         if not isinstance(loaded.model, MTGR):
@@ -82,16 +94,26 @@ class CompiledEngine:
         self._lock = Lock()
         self._under_way = BoundedSemaphore(DEPTH)
 
-    def warm_up(self, shapes: Iterable[tuple[Operation, int, int, int]], *, measure: bool = True) -> None:
+    def warm_up(
+        self,
+        shapes: Iterable[tuple[Operation, int, int, int]],
+        *,
+        measure: bool = True,
+        seconds: float = math.inf,
+    ) -> None:
         """Find the fastest kernels for some shapes and capture their graphs, so that no request waits for it.
 
         Args:
             shapes: Operation, batch, padded context and padded candidates; nothing is done for them on the CPU.
             measure: Whether to try several ways of computing attention and products, or to take the usual ones.
+            seconds: After which the rest is left to the requests that need it.
         """
         if self._graphs is None:
             return
+        begin = time.monotonic()
         for operation, batch, context, candidates in shapes:
+            if time.monotonic() - begin > seconds:
+                return
             if measure:
                 self.network.tune(batch, context, candidates)
             with self._lock:

@@ -20,7 +20,8 @@ from mtgr.engines.compiled_network import CompiledNetwork
 from mtgr.engines.pending import Arrays
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket
 
-BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
+# A padded user costs as much as a real one, and a graph little.
+BATCH_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 
 # Batches that may be under way at a time: one computes, another is copied and queued behind it.
 DEPTH = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from export.precision import mean_spearman
 from export.requests import real_requests
 from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mtgr.engines.baseline import BaselineEngine
-from mtgr.engines.compiled import CompiledEngine
+from mtgr.engines.compiled import CompiledEngine, frequent_shapes
 from mtgr.engines.compiled_graphs import Shape, Staging
 from mtgr.engines.compiled_network import CompiledNetwork, CompiledPrecision
 from mtgr.errors import ConfigurationError, InvalidRequestError
@@ -290,10 +291,21 @@ def test_a_context_that_leaves_candidates_no_position_is_refused(directory: Path
 
 
 def test_shapes_fall_into_buckets() -> None:
-    assert Shape.of("rank", 3, 130, 17) == Shape(4, 192, 64)
+    assert Shape.of("rank", 3, 130, 17) == Shape(3, 192, 64)
+    assert Shape.of("rank", 7, 130, 17) == Shape(8, 192, 64)
     assert Shape.of("retrieve", 1, 64, 0) == Shape(1, 64, None)
     assert Shape(4, 192, 64).rows == 4 * 256
     assert Shape(2, 64, None).rows == 128
+
+
+def test_what_a_busy_server_meets_is_captured_at_the_start() -> None:
+    """Every batch of the router's buckets up to its default size, and few enough to be kept at a time."""
+    shapes = list(frequent_shapes(2000))
+    captured = {Shape.of(*shape) for shape in shapes}
+    assert len(captured) == len(shapes) <= 768
+    for users_count, context, candidates in itertools.product(range(1, 9), (3, 700, 2000), (1, 200, 1024)):
+        assert Shape.of("rank", users_count, context, candidates) in captured
+    assert all(context <= 256 for _, _, context, _ in frequent_shapes(200))
 
 
 def test_a_batch_is_one_copy() -> None:

@@ -10,10 +10,11 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from mtgr.engines.baseline import BaselineEngine
-from mtgr.engines.compiled import CompiledEngine, require_gpu, usual_shapes
+from mtgr.engines.compiled import CompiledEngine, frequent_shapes, require_gpu, usual_shapes
 from mtgr.errors import InvalidRequestError
 
 INPUTS = ("context", "candidates")
+CAPTURE_SECONDS = 30  # of the start; what is not captured then is when it is first asked for
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -31,7 +32,9 @@ class TritonPythonModel:
         if parameters.get("engine") == "compiled":
             require_gpu(parameters["precision"], device)
             self.engine = CompiledEngine(checkpoint, device, parameters["precision"])
-            self.engine.warm_up(usual_shapes(self.engine.schema.max_context))
+            longest = self.engine.schema.max_context
+            self.engine.warm_up(usual_shapes(longest))
+            self.engine.warm_up(frequent_shapes(longest), measure=False, seconds=CAPTURE_SECONDS)
         else:
             self.engine = BaselineEngine(checkpoint, device)
 
