@@ -332,8 +332,8 @@ class Case:
 
 def describe(config: DenseConfig) -> str:
     """A configuration in short."""
-    order = " in turn" if config.in_turn else ""
-    return f"{config.variant} {config.block_m}x{config.block_n}/{config.num_warps}/{config.num_stages}{order}"
+    ways = " in turn" * config.in_turn + " overlaps" * config.overlaps + " packed" * config.packed
+    return f"{config.variant} {config.block_m}x{config.block_n}/{config.num_warps}/{config.num_stages}{ways}"
 
 
 def _work(figure: Figure) -> float:

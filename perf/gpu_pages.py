@@ -14,7 +14,8 @@ from torch import Tensor
 from mtgr.kernels import configs
 from mtgr.kernels.compilation import parallel_compilation
 from mtgr.kernels.dispatch import capability_of
-from mtgr.kernels.paged_attention import paged_attention, paged_attention_reference
+from mtgr.kernels.launch import Launch
+from mtgr.kernels.paged_attention import StepItems, paged_attention, paged_attention_reference
 from perf.gpu_measure import DEVICE, Ceilings, Figure, failures, largest_difference, time_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Pages:
         self.visible = torch.clamp(tokens + 1, min=static, max=context).to(torch.int32).repeat(batch)
         self.is_candidate = (tokens >= context).repeat(batch)
         self.table = torch.randperm(batch * blocks, device=DEVICE).to(torch.int32).view(batch, blocks)
+        self.items = StepItems()
         self.out = torch.full(problem.q.shape, float("nan"), dtype=problem.dtype, device=DEVICE)
         merged = torch.cat([problem.k, problem.v], dim=-1).unflatten(0, (batch, per_sequence))[:, :context]
         padded = F.pad(merged, (0, 0, 0, 0, 0, blocks * size - context))
@@ -49,25 +51,30 @@ class Pages:
         self.cache = cache
 
     def run(self) -> Tensor:
-        """One step that computes all of it."""
-        return paged_attention(
-            *self._tensors(), self.out, scale=self.problem.scale, norm_length=self.problem.norm_length
-        )
+        """One layer of a step that computes all of it; the list of tiles is made once for all layers."""
+        settings = {"scale": self.problem.scale, "norm_length": self.problem.norm_length}
+        return paged_attention(*self._tensors(), self.out, **settings, items=self.items)
+
+    def launch(self, config: configs.LaunchConfig) -> Launch:
+        """What attends, with one split; the list that it may read is there, as of a step's second layer."""
+        from mtgr.kernels.triton_attention import attention_launches
+
+        settings = {"scale": self.problem.scale, "norm_length": self.problem.norm_length, "bias": None}
+        items = self.items.of(*self._tensors()[5:], config.block_m) if config.listed else None
+        return attention_launches(*self._tensors(), self.out, **settings, config=config, items=items)[0]
+
+    @property
+    def key(self) -> configs.LaunchKey:
+        """What configurations are measured for."""
+        problem, tokens = self.problem, configs.token_class(self.problem.tokens)
+        return configs.LaunchKey(problem.heads, problem.head_size, problem.dtype, BLOCK_SIZE, False, tokens)
 
     def tune(self) -> tuple[dict[str, float], str]:
         """Take the fastest tiles for this step: milliseconds of each, and the fastest's name; nothing on the CPU."""
         if DEVICE.type == "cpu":
             return {}, ""
-        from mtgr.kernels.triton_attention import attention_launches
-
-        problem = self.problem
-        tokens = configs.token_class(problem.tokens)
-        key = configs.LaunchKey(problem.heads, problem.head_size, problem.dtype, BLOCK_SIZE, False, tokens)
-        settings = {"scale": problem.scale, "norm_length": problem.norm_length, "bias": None}
-        launches = {
-            config: attention_launches(*self._tensors(), self.out, **settings, config=config)[0]
-            for config in tiles(key)
-        }
+        problem, key = self.problem, self.key
+        launches = {config: self.launch(config) for config in tiles(key)}
         with parallel_compilation():
             for launch in launches.values():
                 launch.compile()
@@ -121,17 +128,19 @@ class Step:
         )
         self.is_candidate = torch.tensor([*is_candidate, *pad], dtype=torch.bool, device=DEVICE)
         self.key = configs.LaunchKey(heads, head_size, dtype, block_size, False, 4096)
+        self.items = StepItems()
         self.settings = {"scale": head_size**-0.5, "norm_length": max(1, int(contexts.max()))}
 
-    def launches(self, config: configs.LaunchConfig, out: Tensor) -> list[object]:
+    def launches(self, config: configs.LaunchConfig, out: Tensor) -> list[Launch]:
         """The kernels' launches."""
         from mtgr.kernels.triton_attention import attention_launches
 
-        return list(attention_launches(*self._tensors(), out, **self.settings, bias=None, config=config))
+        items = self.items.of(*self._tensors()[5:], config.block_m) if config.listed else None
+        return attention_launches(*self._tensors(), out, **self.settings, bias=None, config=config, items=items)
 
-    def run(self, config: configs.LaunchConfig) -> Tensor:
-        """The kernel's answer, in memory that was full of NaN; rows of no request become 0."""
-        out = torch.full(self.q.shape, float("nan"), device=DEVICE)
+    def run(self, config: configs.LaunchConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The kernel's answer, in memory of a precision that was full of NaN, without the rows of no request."""
+        out = torch.full(self.q.shape, float("nan"), dtype=dtype, device=DEVICE)
         for launch in self.launches(config, out):
             launch.run()
         behind = int(self.starts[-1])
@@ -161,7 +170,7 @@ def check_pages(ceilings: Ceilings, is_small: bool, seed: int) -> Iterator[Figur
         for block_size, dtype in ((16, torch.bfloat16), (64, torch.bfloat16), (128, torch.float16))
     ]
     chosen = {
-        case: [*tiles(case.key)[:1], *(one for one in tiles(case.key) if one.variant != "pointers")] for case in cases
+        case: [*tiles(case.key)[:1], *(one for one in tiles(case.key) if _is_checked(one, case))] for case in cases
     }
     with parallel_compilation():
         for case in cases:
@@ -189,7 +198,14 @@ def tiles(key: configs.LaunchKey) -> list[configs.LaunchConfig]:
     return [*configs.candidate_tiles(key), *configs.specialised_tiles(key)]
 
 
+def _is_checked(config: configs.LaunchConfig, case: Step) -> bool:
+    """Of one size of pages all ways of the specialised kernel, of the others the one that does everything."""
+    if config.variant == "pointers" or case.block_size == BLOCK_SIZE:
+        return config.variant != "pointers"
+    return config.in_turn and config.overlaps
+
+
 def describe(config: configs.LaunchConfig) -> str:
     """A configuration in short."""
-    order = " in turn" if config.in_turn else ""
-    return f"{config.variant} {config.block_m}x{config.block_n}/{config.num_warps}/{config.num_stages}{order}"
+    ways = " in turn" * config.in_turn + " overlaps" * config.overlaps + " listed" * config.listed
+    return f"{config.variant} {config.block_m}x{config.block_n}/{config.num_warps}/{config.num_stages}{ways}"

@@ -31,6 +31,8 @@ class LaunchConfig:
         splits: Programs that share out the keys of the same queries.
         variant: ``pointers``: plain loads. ``specialised``: whole tiles by warps of their own, on Hopper alone.
         in_turn: Whether the warps of a specialised program multiply in turn.
+        overlaps: Whether SiLU of one tile is held before the wait for the products of the last.
+        listed: Whether a specialised program takes its tiles of queries from a list, or searches for each.
     """
 
     block_m: int
@@ -40,6 +42,8 @@ class LaunchConfig:
     splits: int = 1
     variant: Literal["pointers", "specialised"] = "pointers"
     in_turn: bool = False
+    overlaps: bool = False
+    listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,16 @@ def specialised_tiles(key: LaunchKey) -> list[LaunchConfig]:
         return []
     tiles = {
         64: [(128, 128, 4, 4), (192, 64, 4, 4)],
-        128: [(128, 128, 4, 2), (128, 64, 4, 4)],
+        128: [(128, 128, 4, 2), (128, 64, 4, 4), (192, 64, 4, 4)],
         256: [(128, 64, 4, 2)],
     }[key.head_size]
-    return [LaunchConfig(*tile, variant="specialised", in_turn=in_turn) for tile in tiles for in_turn in (False, True)]
+    ways = [(False, False), (True, False), (True, True)]
+    return [
+        LaunchConfig(*tile, variant="specialised", in_turn=in_turn, overlaps=overlaps, listed=listed)
+        for tile in tiles
+        for listed, overlaps in ways
+        for in_turn in (False, True)
+    ]
 
 
 def _exact_tiles(head_size: int) -> tuple[list[_Tile], list[_Tile]]:

@@ -29,6 +29,8 @@ class DenseConfig:
         num_warps: Warps of a program; in a specialised one those of 64 queries, always 4.
         num_stages: Tiles of keys and values on their way at once.
         in_turn: Whether the warps of a specialised program multiply in turn.
+        overlaps: Whether SiLU of one tile is held before the wait for the products of the last.
+        packed: Whether a specialised program rounds weights to FP8 four at a time, as operands.
     """
 
     variant: Variant
@@ -37,6 +39,8 @@ class DenseConfig:
     num_warps: int
     num_stages: int
     in_turn: bool = False
+    overlaps: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def candidates(key: DenseKey) -> list[DenseConfig]:
         return [DenseConfig("pointers", *tile) for tile in _older_tiles(head_size)]
     found = [DenseConfig("descriptors", *tile) for tile in _tiles(head_size, is_fp8)]
     if key.capability == 90 and head_size in SPECIALISED_SIZES:
-        found += [DenseConfig("specialised", *tile) for tile in _specialised_tiles(head_size, is_fp8)]
+        found += _specialised(head_size, is_fp8)
     if not is_fp8 and head_size <= 128:
         found.append(DenseConfig("pointers", 128, 64, 8, 3))
     if key.length_class == LENGTH_CLASSES[0]:
@@ -145,14 +149,28 @@ def _tiles(head_size: int, is_fp8: bool) -> list[tuple[int, int, int, int]]:
     return [(128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2)]
 
 
-def _specialised_tiles(head_size: int, is_fp8: bool) -> list[tuple[int, int, int, int, bool]]:
-    """For Hopper alone: block_m, block_n, num_warps, num_stages, in_turn. FP8's scales want blocks of 128 queries."""
+def _specialised(head_size: int, is_fp8: bool) -> list[DenseConfig]:
+    """For Hopper alone."""
+    # FP8's scales are those of 128 tokens: a program of 192 queries needs tiles of 64 keys, which lie inside one.
     if is_fp8:
-        tiles = {64: [(128, 128, 4, 4)], 128: [(128, 128, 4, 4)], 256: [(128, 64, 4, 4)]}
+        tiles = {
+            64: [(128, 128, 4, 4), (192, 64, 4, 6)],
+            128: [(128, 128, 4, 4), (192, 64, 4, 6)],
+            256: [(128, 64, 4, 4), (128, 128, 4, 2)],
+        }
     else:
         tiles = {
             64: [(192, 128, 4, 2), (128, 128, 4, 4), (192, 64, 4, 4)],
             128: [(128, 128, 4, 2), (192, 64, 4, 4)],
             256: [(128, 64, 4, 2)],
         }
-    return [(*tile, in_turn) for tile in tiles[head_size] for in_turn in (False, True)]
+    ways = [(in_turn, overlaps) for overlaps in (False, True) for in_turn in (False, True)]
+    found = [
+        DenseConfig("specialised", *tile, in_turn=in_turn, overlaps=overlaps, packed=is_fp8)
+        for tile in tiles[head_size]
+        for in_turn, overlaps in ways
+    ]
+    if is_fp8:
+        first = tiles[head_size][0]
+        found += [DenseConfig("specialised", *first, in_turn=in_turn) for in_turn in (False, True)]
+    return found

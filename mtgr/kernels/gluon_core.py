@@ -26,12 +26,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mtgr.kernels.configs import LaunchConfig
+from mtgr.kernels.dense_configs import DenseConfig
 from mtgr.kernels.dense_fp8 import SCALE_ROWS
 
 # Triton 3.7 calls it otherwise than 3.6.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 _SCALE_ROWS = gl.constexpr(SCALE_ROWS)
+
+# Bytes of shared memory that a program's tiles may take; its barriers take the rest of 227 KiB.
+_SHARED_BYTES = 226 << 10
 
 
 @gluon.jit
@@ -50,14 +55,14 @@ def next_stage(stage, phase, stages: gl.constexpr):
 
 
 @gluon.jit
-def new_barriers(stages: gl.constexpr, groups: gl.constexpr):
+def new_barriers(stages: gl.constexpr, q_stages: gl.constexpr, groups: gl.constexpr):
     """The barriers of a program, ready for all of its warps.
 
     Returns:
-        order, by warpgroup; q_full, q_empty; k_full, k_empty, v_full, v_empty, by buffer of their rings.
+        order, by warpgroup; q_full, q_empty, k_full, k_empty, v_full, v_empty, by buffer of their rings.
     """
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [q_stages, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [q_stages, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
@@ -65,8 +70,9 @@ def new_barriers(stages: gl.constexpr, groups: gl.constexpr):
     order = gl.allocate_shared_memory(gl.int64, [groups, 1], mbarrier.MBarrierLayout())
     for part in gl.static_range(groups):
         mbarrier.init(order.index(part), count=1)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=groups)
+    for stage in gl.static_range(q_stages):
+        mbarrier.init(q_full.index(stage), count=1)
+        mbarrier.init(q_empty.index(stage), count=groups)
     for stage in gl.static_range(stages):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=groups)
@@ -78,12 +84,14 @@ def new_barriers(stages: gl.constexpr, groups: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(q, row, head, head_columns, full, empty, buffers, phase, groups: gl.constexpr):
-    """Copy an item's queries as soon as those of the one before are not needed any more."""
-    mbarrier.wait(empty, phase ^ 1)
-    mbarrier.expect(full, groups * q.block_type.nbytes)
+def load_queries(q, row, head, head_columns, full, empty, buffers, stage, phase, groups: gl.constexpr):
+    """Copy an item's queries into their ring as soon as its buffer is empty."""
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), groups * q.block_type.nbytes)
     for part in gl.static_range(groups):
-        tma.async_copy_global_to_shared(q, [row + part * 64, head * head_columns], full, buffers.index(part))
+        tma.async_copy_global_to_shared(
+            q, [row + part * 64, head * head_columns], full.index(stage), buffers.index(stage * groups + part)
+        )
 
 
 @gluon.jit
@@ -95,29 +103,74 @@ def load_tile(x, row, column, full, empty, buffers, stage, phase):
 
 
 @gluon.jit
+def tanh(x):
+    """Tanh in one operation of the special function unit; its relative error is below 2^-11."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def silu_of_double(half):
-    """SiLU(2 half), FP32, with one operation of the special function unit; its error is below 2^-11 |half|."""
-    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1)
-    return half * tanh + half
+    """SiLU(2 half), FP32; its error is below 2^-11 |half|."""
+    return half * tanh(half) + half
+
+
+@gluon.jit
+def packed_weights(weights, block_n: gl.constexpr):
+    """FP32 to e4m3, INT32 [64, block_n / 4]: the registers of an operand, in the order of ``dense_fp8``.
+
+    What a loop hands on as bytes, the compiler would take apart at its end and put together at its beginning.
+    """
+    first, second = pair_keys(weights, block_n).reshape([64, block_n // 4, 2, 2]).split()
+    a, c = first.split()
+    b, d = second.split()
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def unpacked_weights(packed, block_n: gl.constexpr, operand: gl.constexpr):
+    """The operand whose registers ``packed_weights`` made; no instruction."""
+    twice = gl.join(packed, packed)
+    copies = gl.join(twice, twice).reshape([64, block_n])
+    copies = gl.convert_layout(copies, operand, assert_trivial=True)
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [copies], dtype=gl.float8e4nv, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def pair_keys(tile, block_n: gl.constexpr):
+    """Keys in the order in which ``dense_fp8`` stores values: no number leaves its thread."""
+    return tile.reshape([64, block_n // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, block_n])
 
 
 @gluon.jit
 def weights_of(logits, factor, value_factor, low, high, first_key, masked: gl.constexpr, is_fp8: gl.constexpr,
-               dtype: gl.constexpr, block_n: gl.constexpr, layout: gl.constexpr, operand: gl.constexpr):  # fmt: skip
-    """The operand of the second product: SiLU of a tile, 0 where a key is not in a query's low .. high - 1."""
-    weights = silu_of_double(logits * factor)
-    if is_fp8:
-        weights = weights * value_factor
+               packed: gl.constexpr, dtype: gl.constexpr, block_n: gl.constexpr, layout: gl.constexpr,
+               operand: gl.constexpr):  # fmt: skip
+    """SiLU of a tile, 0 where a key is not in a query's low .. high - 1: the second product's operand, or it packed."""
     if masked:
         keys = first_key + gl.arange(0, block_n, gl.SliceLayout(0, layout))
         keys = gl.expand_dims(keys, 0)
         inside = (keys >= gl.expand_dims(low, 1)) & (keys < gl.expand_dims(high, 1))
-        weights = gl.where(inside, weights, 0.0)
-    weights = weights.to(dtype)
-    if is_fp8:
-        # The order in which dense_fp8 stores values: no register changes its thread.
-        weights = weights.reshape([64, block_n // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, block_n])
-    return gl.convert_layout(weights, operand, assert_trivial=True)
+        # SiLU of 0 is 0.
+        logits = gl.where(inside, logits, 0.0)
+    half = logits * factor
+    if packed:
+        weights = silu_of_double(half) * value_factor
+    elif is_fp8:
+        weights = pair_keys((silu_of_double(half) * value_factor).to(dtype), block_n)
+        weights = gl.convert_layout(weights, operand, assert_trivial=True)
+    else:
+        weights = gl.convert_layout(silu_of_double(half).to(dtype), operand, assert_trivial=True)
+    return weights
 
 
 @gluon.jit
@@ -134,12 +187,12 @@ def clear_rows(values, first_absent, block_n: gl.constexpr, head_size: gl.conste
 
 
 @gluon.jit
-def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, groups: gl.constexpr, in_turn: gl.constexpr,
-                order_phase, q_phase, k_stage, k_phase, v_stage, v_phase,
+def attend_item(q_buffers, k_buffers, v_buffers, barriers, part: gl.constexpr, groups: gl.constexpr,
+                in_turn: gl.constexpr, order_phase, q_stage, q_phase, k_stage, k_phase, v_stage, v_phase,
                 total, key_tiles, whole_tiles, first_key, num_keys, lanes, own_end, seen,
                 factor, value_factor, scales, context_row, own_row, stride_scale_kind,
-                head_size: gl.constexpr, block_n: gl.constexpr, stages: gl.constexpr, is_fp8: gl.constexpr,
-                clears: gl.constexpr):  # fmt: skip
+                head_size: gl.constexpr, block_n: gl.constexpr, stages: gl.constexpr, q_stages: gl.constexpr,
+                is_fp8: gl.constexpr, packed: gl.constexpr, overlaps: gl.constexpr, clears: gl.constexpr):  # fmt: skip
     """What a warpgroup does for its 64 queries of one item, which has at least one tile.
 
     ``total`` tiles come out of the ring: ``key_tiles`` of the context, whose first key is ``first_key``, of which all
@@ -148,7 +201,7 @@ def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, grou
     a warpgroup starts its products when the one before has started its own: one computes SiLU, another multiplies.
 
     Returns:
-        FP32 [64, head_size], not scaled; order_phase, q_phase, k_stage, k_phase, v_stage, v_phase.
+        FP32 [64, head_size], not scaled; order_phase, q_stage, q_phase, k_stage, k_phase, v_stage, v_phase.
     """
     order, q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     dtype: gl.constexpr = k_buffers.dtype
@@ -164,7 +217,8 @@ def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, grou
         block = gl.where(key_tiles > 0, context_row, own_row) // _SCALE_ROWS
         key_factor = factor * gl.load(scales + stride_scale_kind + block)
         tile_factor = value_factor * gl.load(scales + 2 * stride_scale_kind + block)
-    mbarrier.wait(q_full, q_phase)
+    mbarrier.wait(q_full.index(q_stage), q_phase)
+    q_tile = q_buffers.index(q_stage * groups + part)
     mbarrier.wait(k_full.index(k_stage), k_phase)
     logits = warpgroup_mma(q_tile, k_buffers.index(k_stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(0, deps=[logits])
@@ -173,13 +227,17 @@ def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, grou
     is_own = key_tiles == 0
     weights = weights_of(
         logits, key_factor, tile_factor, gl.where(is_own, lanes, 0), gl.where(is_own, own_end, seen),
-        gl.where(is_own, 0, first_key), True, is_fp8, dtype, block_n, layout, operand,
+        gl.where(is_own, 0, first_key), True, is_fp8, packed, dtype, block_n, layout, operand,
     )  # fmt: skip
+    if packed:
+        weights = packed_weights(weights, block_n)
     for index in range(1, whole_tiles):
         if is_fp8:
             block = (context_row + index * block_n) // _SCALE_ROWS
             key_factor = factor * gl.load(scales + stride_scale_kind + block)
             tile_factor = value_factor * gl.load(scales + 2 * stride_scale_kind + block)
+        # Before any product is on its way: what is written after that, the assembler waits for.
+        taken = unpacked_weights(weights, block_n, operand) if packed else weights
         mbarrier.wait(k_full.index(k_stage), k_phase)
         if in_turn:
             mbarrier.wait(order.index(part), order_phase ^ (part == 0))
@@ -188,18 +246,21 @@ def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, grou
         values = v_buffers.index(v_stage)
         if is_fp8:
             values = values.permute((1, 0))
-        adding = warpgroup_mma(weights, values, attended, is_async=True)
+        adding = warpgroup_mma(taken, values, attended, is_async=True)
         if in_turn:
             mbarrier.arrive(order.index((part + 1) % groups), count=1)
             order_phase ^= 1
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(k_empty.index(k_stage), count=1)
         following = weights_of(
-            logits, key_factor, tile_factor, lanes, seen, 0, False, is_fp8, dtype, block_n, layout, operand
+            logits, key_factor, tile_factor, lanes, seen, 0, False, is_fp8, packed, dtype, block_n, layout, operand
         )
+        if overlaps:
+            # It has passed. But without a branch the assembler would wait for the product before it computes SiLU.
+            mbarrier.wait(v_full.index(v_stage), v_phase)
         attended = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(v_empty.index(v_stage), count=1)
-        weights = following
+        weights = packed_weights(following, block_n) if packed else following
         k_stage, k_phase = next_stage(k_stage, k_phase, stages)
         v_stage, v_phase = next_stage(v_stage, v_phase, stages)
     for index in range(gl.maximum(whole_tiles, 1), total):
@@ -209,6 +270,8 @@ def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, grou
             block = (gl.where(is_own, own_row, context_row) + key) // _SCALE_ROWS
             key_factor = factor * gl.load(scales + stride_scale_kind + block)
             tile_factor = value_factor * gl.load(scales + 2 * stride_scale_kind + block)
+        # Before any product is on its way: what is written after that, the assembler waits for.
+        taken = unpacked_weights(weights, block_n, operand) if packed else weights
         mbarrier.wait(k_full.index(k_stage), k_phase)
         if in_turn:
             mbarrier.wait(order.index(part), order_phase ^ (part == 0))
@@ -221,7 +284,7 @@ def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, grou
                 clear_rows(values, absent, block_n, head_size)
         if is_fp8:
             values = values.permute((1, 0))
-        adding = warpgroup_mma(weights, values, attended, is_async=True)
+        adding = warpgroup_mma(taken, values, attended, is_async=True)
         if in_turn:
             mbarrier.arrive(order.index((part + 1) % groups), count=1)
             order_phase ^= 1
@@ -229,14 +292,15 @@ def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, grou
         mbarrier.arrive(k_empty.index(k_stage), count=1)
         following = weights_of(
             logits, key_factor, tile_factor, gl.where(is_own, lanes, 0), gl.where(is_own, own_end, seen),
-            gl.where(is_own, key, first_key + key), True, is_fp8, dtype, block_n, layout, operand,
+            gl.where(is_own, key, first_key + key), True, is_fp8, packed, dtype, block_n, layout, operand,
         )  # fmt: skip
         attended = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(v_empty.index(v_stage), count=1)
-        weights = following
+        weights = packed_weights(following, block_n) if packed else following
         k_stage, k_phase = next_stage(k_stage, k_phase, stages)
         v_stage, v_phase = next_stage(v_stage, v_phase, stages)
-    mbarrier.arrive(q_empty, count=1)
+    mbarrier.arrive(q_empty.index(q_stage), count=1)
+    q_stage, q_phase = next_stage(q_stage, q_phase, q_stages)
     mbarrier.wait(v_full.index(v_stage), v_phase)
     values = v_buffers.index(v_stage)
     if clears:
@@ -245,11 +309,12 @@ def attend_item(q_tile, k_buffers, v_buffers, barriers, part: gl.constexpr, grou
             clear_rows(values, absent, block_n, head_size)
     if is_fp8:
         values = values.permute((1, 0))
-    adding = warpgroup_mma(weights, values, attended, is_async=True)
+    taken = unpacked_weights(weights, block_n, operand) if packed else weights
+    adding = warpgroup_mma(taken, values, attended, is_async=True)
     attended = warpgroup_mma_wait(0, deps=[adding])
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     v_stage, v_phase = next_stage(v_stage, v_phase, stages)
-    return attended, order_phase, q_phase ^ 1, k_stage, k_phase, v_stage, v_phase
+    return attended, order_phase, q_stage, q_phase, k_stage, k_phase, v_stage, v_phase
 
 
 def shared_layout(shape: list[int], dtype: torch.dtype) -> Any:
@@ -264,6 +329,13 @@ def programs_for(items: int, device: torch.device) -> int:
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(processors, items)
+
+
+def query_stages(config: DenseConfig | LaunchConfig, head_size: int, itemsize: int) -> int:
+    """How many items' queries a program holds: two where there is room, but in configurations of old."""
+    is_old = not (config.overlaps or getattr(config, "packed", False) or getattr(config, "listed", False))
+    rows = 2 * config.block_m + 2 * config.num_stages * config.block_n
+    return 1 if is_old or rows * head_size * itemsize > _SHARED_BYTES else 2
 
 
 def table_of(x: Tensor, rows: int) -> TensorDescriptor:

@@ -23,6 +23,7 @@ from mtgr.kernels.gluon_core import (
     next_stage,
     place_of,
     programs_for,
+    query_stages,
     shared_layout,
     table_of,
 )
@@ -80,13 +81,14 @@ def _item(turn, num_items, tiles, num_heads, num_sequences, group, sequences, ma
 
 @gluon.jit
 def _load_tiles(head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr, stages: gl.constexpr,
-                groups: gl.constexpr, is_fp8: gl.constexpr, q, k, v, barriers, q_buffers, k_buffers, v_buffers,
-                turns, num_items, tiles, num_heads, num_sequences, group, sequences, max_context, padded_context,
-                padded_candidates, head_columns_q, head_columns_k, head_columns_v):  # fmt: skip
+                q_stages: gl.constexpr, groups: gl.constexpr, is_fp8: gl.constexpr, q, k, v, barriers, q_buffers,
+                k_buffers, v_buffers, turns, num_items, tiles, num_heads, num_sequences, group, sequences, max_context,
+                padded_context, padded_candidates, head_columns_q, head_columns_k, head_columns_v):  # fmt: skip
     """The loading warp."""
     _, q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     stage = 0
     phase = 0
+    q_stage = 0
     q_phase = 0
     for turn in range(0, turns):
         (sequence, head, is_candidate, first, row, out_row, context_row, length, written, static, context, key_tiles,
@@ -94,8 +96,8 @@ def _load_tiles(head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.cons
                             padded_context, padded_candidates, block_m, block_n)  # fmt: skip
         total = key_tiles + own_tiles
         if total > 0:
-            load_queries(q, row, head, head_columns_q, q_full, q_empty, q_buffers, q_phase, groups)
-            q_phase ^= 1
+            load_queries(q, row, head, head_columns_q, q_full, q_empty, q_buffers, q_stage, q_phase, groups)
+            q_stage, q_phase = next_stage(q_stage, q_phase, q_stages)
         for index in range(0, total):
             key_row = gl.where(index < key_tiles, context_row + index * block_n, row + (index - key_tiles) * block_n)
             load_tile(k, key_row, head * head_columns_k, k_full, k_empty, k_buffers, stage, phase)
@@ -108,10 +110,11 @@ def _load_tiles(head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.cons
 
 @gluon.jit
 def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr,
-                  stages: gl.constexpr, scale_blocks: gl.constexpr, is_fp8: gl.constexpr, in_turn: gl.constexpr,
-                  out, scales, barriers, q_buffers, k_buffers, v_buffers, turns, num_items, tiles, num_heads,
-                  num_sequences, group, sequences, max_context, padded_context, padded_candidates, factor,
-                  out_factor, stride_out_row, stride_out_head, stride_scale_kind, stride_scale_head):  # fmt: skip
+                  stages: gl.constexpr, q_stages: gl.constexpr, scale_blocks: gl.constexpr, is_fp8: gl.constexpr,
+                  packed: gl.constexpr, overlaps: gl.constexpr, in_turn: gl.constexpr, out, scales, barriers,
+                  q_buffers, k_buffers, v_buffers, turns, num_items, tiles, num_heads, num_sequences, group,
+                  sequences, max_context, padded_context, padded_candidates, factor, out_factor, stride_out_row,
+                  stride_out_head, stride_scale_kind, stride_scale_head):  # fmt: skip
     """A warpgroup: 64 queries of every tile."""
     summed: gl.constexpr = 256 // k_buffers.dtype.primitive_bitwidth
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_size, summed])
@@ -121,6 +124,7 @@ def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.const
     k_phase = 0
     v_stage = 0
     v_phase = 0
+    q_stage = 0
     q_phase = 0
     for turn in range(0, turns):
         (sequence, head, is_candidate, first, row, out_row, context_row, length, written, static, context, key_tiles,
@@ -152,17 +156,21 @@ def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.const
             if total > 0:
                 tile_factor = factor * gl.load(own_scales + (row + part * 64) // _SCALE_ROWS)
             if own_tiles > 0:
-                largest = gl.maximum(largest, gl.load(own_scales + 2 * stride_scale_kind + row // _SCALE_ROWS))
+                own = own_scales + 2 * stride_scale_kind
+                largest = gl.maximum(largest, gl.load(own + row // _SCALE_ROWS))
+                if block_m > _SCALE_ROWS:
+                    last_row = row + gl.minimum(block_m, length - first) - 1
+                    largest = gl.maximum(largest, gl.load(own + last_row // _SCALE_ROWS))
             largest = gl.maximum(largest, 1e-30)
             value_factor = _WEIGHT_SCALE / largest
             tile_out_factor = out_factor * largest / _WEIGHT_SCALE
         if total > 0:
-            attended, order_phase, q_phase, k_stage, k_phase, v_stage, v_phase = attend_item(
-                q_buffers.index(part), k_buffers, v_buffers, barriers, part, block_m // 64, in_turn,
-                order_phase, q_phase, k_stage, k_phase, v_stage, v_phase,
+            attended, order_phase, q_stage, q_phase, k_stage, k_phase, v_stage, v_phase = attend_item(
+                q_buffers, k_buffers, v_buffers, barriers, part, block_m // 64, in_turn,
+                order_phase, q_stage, q_phase, k_stage, k_phase, v_stage, v_phase,
                 total, key_tiles, whole_tiles, 0, context, lanes, lanes + 1, seen,
                 tile_factor, value_factor, own_scales, context_row, row, stride_scale_kind,
-                head_size, block_n, stages, is_fp8, False,
+                head_size, block_n, stages, q_stages, is_fp8, packed, overlaps, False,
             )  # fmt: skip
         out_rows = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, out_layout))
         columns = gl.arange(0, head_size, gl.SliceLayout(0, out_layout))
@@ -186,6 +194,8 @@ _VARYING = (
     "padded_candidates",
     "factor",
     "out_factor",
+    "stride_scale_kind",
+    "stride_scale_head",
 )
 
 
@@ -195,15 +205,16 @@ def specialised_attention_kernel(q, k, v, out, sequences, scales, turns, num_ite
                                  head_columns_q, head_columns_k, head_columns_v, stride_out_row, stride_out_head,
                                  stride_scale_kind, stride_scale_head,
                                  head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr,
-                                 stages: gl.constexpr, scale_blocks: gl.constexpr, is_fp8: gl.constexpr,
+                                 stages: gl.constexpr, q_stages: gl.constexpr, scale_blocks: gl.constexpr,
+                                 is_fp8: gl.constexpr, packed: gl.constexpr, overlaps: gl.constexpr,
                                  in_turn: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """Set up the buffers and their barriers and let the warps go their ways."""
     groups: gl.constexpr = block_m // 64
     dtype: gl.constexpr = q.dtype
-    q_buffers = gl.allocate_shared_memory(dtype, [groups, 64, head_size], q.layout)
+    q_buffers = gl.allocate_shared_memory(dtype, [q_stages * groups, 64, head_size], q.layout)
     k_buffers = gl.allocate_shared_memory(dtype, [stages] + k.block_type.shape, k.layout)
     v_buffers = gl.allocate_shared_memory(dtype, [stages] + v.block_type.shape, v.layout)
-    barriers = new_barriers(stages, groups)
+    barriers = new_barriers(stages, q_stages, groups)
     # fmt: off
     attend = (out, scales, barriers, q_buffers, k_buffers, v_buffers, turns, num_items, tiles, num_heads, num_sequences,
               group, sequences, max_context, padded_context, padded_candidates, factor, out_factor, stride_out_row,
@@ -215,19 +226,24 @@ def specialised_attention_kernel(q, k, v, out, sequences, scales, turns, num_ite
     if groups == 2:
         gl.warp_specialize(
             [
-                (_attend_tiles, (0, head_size, block_m, block_n, stages, scale_blocks, is_fp8, in_turn) + attend),
-                (_attend_tiles, (1, head_size, block_m, block_n, stages, scale_blocks, is_fp8, in_turn) + attend),
-                (_load_tiles, (head_size, block_m, block_n, stages, groups, is_fp8) + load),
+                (_attend_tiles, (0, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
+                                 overlaps, in_turn) + attend),
+                (_attend_tiles, (1, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
+                                 overlaps, in_turn) + attend),
+                (_load_tiles, (head_size, block_m, block_n, stages, q_stages, groups, is_fp8) + load),
             ],
             [4, 1], [240, 24],
         )
     else:
         gl.warp_specialize(
             [
-                (_attend_tiles, (0, head_size, block_m, block_n, stages, scale_blocks, is_fp8, in_turn) + attend),
-                (_attend_tiles, (1, head_size, block_m, block_n, stages, scale_blocks, is_fp8, in_turn) + attend),
-                (_attend_tiles, (2, head_size, block_m, block_n, stages, scale_blocks, is_fp8, in_turn) + attend),
-                (_load_tiles, (head_size, block_m, block_n, stages, groups, is_fp8) + load),
+                (_attend_tiles, (0, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
+                                 overlaps, in_turn) + attend),
+                (_attend_tiles, (1, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
+                                 overlaps, in_turn) + attend),
+                (_attend_tiles, (2, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
+                                 overlaps, in_turn) + attend),
+                (_load_tiles, (head_size, block_m, block_n, stages, q_stages, groups, is_fp8) + load),
             ],
             [4, 4, 1], [160, 160, 24],
         )
@@ -303,8 +319,12 @@ def specialised_launch(
             "block_m": config.block_m,
             "block_n": config.block_n,
             "stages": config.num_stages,
-            "scale_blocks": triton.next_power_of_2(triton.cdiv(max(1, segments.max_context), SCALE_ROWS)),
+            "q_stages": query_stages(config, head_size, q.dtype.itemsize),
+            # One kernel for all contexts but very long ones.
+            "scale_blocks": triton.next_power_of_2(max(64, triton.cdiv(segments.max_context, SCALE_ROWS))),
             "is_fp8": is_fp8,
+            "packed": is_fp8 and config.packed,
+            "overlaps": config.overlaps,
             "in_turn": config.in_turn,
             "num_warps": config.num_warps,
         },

@@ -18,9 +18,18 @@ from torch import Tensor
 from mtgr.kernels.bias import PagedBias, time_bucket_edges
 from mtgr.kernels.configs import LaunchKey, choose, token_class
 from mtgr.kernels.dispatch import use_triton
+from mtgr.kernels.paged_items import StepItems
 from mtgr.kernels.tuning import warm_up
 
-__all__ = ["PagedBias", "paged_attention", "paged_attention_reference", "time_bucket_edges", "use_triton", "warm_up"]
+__all__ = [
+    "PagedBias",
+    "StepItems",
+    "paged_attention",
+    "paged_attention_reference",
+    "time_bucket_edges",
+    "use_triton",
+    "warm_up",
+]
 
 # Logits of a tile of the CPU path: few enough to stay in the cache between product, SiLU and product.
 _TILE_LOGITS = 1 << 20
@@ -41,6 +50,7 @@ def paged_attention(
     scale: float,
     norm_length: int,
     bias: PagedBias | None = None,
+    items: StepItems | None = None,
 ) -> Tensor:
     """Attend for the tokens of a step.
 
@@ -63,6 +73,8 @@ def paged_attention(
         scale: Factor of the dot products.
         norm_length: The constant N.
         bias: Relative bias of this layer, or None.
+        items: Lists that the layers of a step share, each made by the first that needs it; else every layer makes its
+            own.
 
     Returns:
         ``out``.
@@ -91,6 +103,8 @@ def paged_attention(
     if q.shape[0] == 0 or query_start.shape[0] == 1:
         return out
     key = LaunchKey(q.shape[1], q.shape[2], q.dtype, cache.shape[2], bias is not None, token_class(q.shape[0]))
+    config = choose(key)
+    listed = (items or StepItems()).of(query_start, visible, is_candidate, config.block_m) if config.listed else None
     for launch in attention_launches(
         q,
         k,
@@ -104,7 +118,8 @@ def paged_attention(
         scale=scale,
         norm_length=norm_length,
         bias=bias,
-        config=choose(key),
+        config=config,
+        items=listed,
     ):
         launch.run()
     return out

@@ -359,11 +359,13 @@ def attention_launches(
     bias: PagedBias | None,
     config: LaunchConfig,
     precision: str | None = None,
+    items: Tensor | None = None,
 ) -> list[Launch]:
     """The launches, one or two, that make ``mtgr.kernels.paged_attention``; arguments and errors are as there.
 
     ``config`` says how the work is cut up, ``precision`` how FP32 products are computed: exactly by default (``ieee``),
-    with ``tf32x3`` on tensor cores with an error of a few units in the last place.
+    with ``tf32x3`` on tensor cores with an error of a few units in the last place. A ``listed`` configuration needs
+    ``items``, of ``mtgr.kernels.paged_items`` for its ``block_m``.
     """
     num_tokens, num_heads, head_size = q.shape
     block_size = cache.shape[2]
@@ -387,6 +389,8 @@ def attention_launches(
         target = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         stride_split, factor = target.stride(0), 1.0
     if config.variant == "specialised":
+        if config.listed and items is None:
+            raise ConfigurationError("paged attention: a listed configuration needs the list of the step's tiles.")
         from mtgr.kernels.gluon_paged import specialised_paged_launch
 
         attend = specialised_paged_launch(
@@ -403,6 +407,7 @@ def attention_launches(
             out_factor=factor,
             stride_split=stride_split,
             config=config,
+            items=items if config.listed else None,
         )
         return [attend] if splits == 1 else [attend, _sum_launch(target, query_start, out, norm_length)]
     tables: tuple[Any, ...] = (None,) * 6

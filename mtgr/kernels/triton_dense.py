@@ -161,7 +161,17 @@ def _attend_tiles(
     return attended
 
 
-_VARYING = ("factor", "out_factor", "max_context", "padded_context", "padded_candidates", "limit", "last_edge")
+_VARYING = (
+    "factor",
+    "out_factor",
+    "max_context",
+    "padded_context",
+    "padded_candidates",
+    "limit",
+    "last_edge",
+    "stride_scale_kind",
+    "stride_scale_head",
+)
 _VARYING_POINTERS = ("times", "position_table", "time_table", "bucket_edges")
 
 
@@ -382,7 +392,8 @@ def dense_launch(
             "padded_size": padded_size,
             "block_m": config.block_m,
             "block_n": config.block_n,
-            "scale_blocks": triton.next_power_of_2(triton.cdiv(max(1, segments.max_context), SCALE_ROWS)),
+            # One kernel for all contexts but very long ones.
+            "scale_blocks": triton.next_power_of_2(max(64, triton.cdiv(segments.max_context, SCALE_ROWS))),
             "use_descriptors": use_descriptors,
             "is_fp8": is_fp8,
             "has_bias": bias is not None,

@@ -26,6 +26,7 @@ from mtgr.kernels.configs import (
 )
 from mtgr.kernels.dispatch import capability_of
 from mtgr.kernels.launch import Launch
+from mtgr.kernels.paged_items import StepItems
 from mtgr.kernels.timing import graph_milliseconds
 
 _CANDIDATES = 256
@@ -152,21 +153,26 @@ def _step(
             key_times=torch.randint(10**7, (blocks, key.block_size), **int32),
             bucket_edges=torch.full((_BUCKETS + 1,), 2**31 - 1, **int32),
         )
+    starts = torch.tensor([0, num_tokens], **int32)
     arguments: tuple[Tensor, ...] = (
         q,
         k,
         v,
         cache,
         torch.randperm(blocks, device=device).to(torch.int32)[None],
-        torch.tensor([0, num_tokens], **int32),
+        starts,
         visible,
         is_candidate,
         torch.empty(num_tokens, key.num_heads, key.head_size, dtype=out_dtype, device=device),
     )
 
+    items = StepItems()
+
     def launches(config: LaunchConfig) -> list[Launch]:
-        scale = key.head_size**-0.5
-        return attention_launches(*arguments, scale=scale, norm_length=num_keys, bias=bias, config=config)
+        settings: dict[str, Any] = {"scale": key.head_size**-0.5, "norm_length": num_keys, "bias": bias}
+        # Made once: in a step all layers share it.
+        listed = items.of(starts, visible, is_candidate, config.block_m) if config.listed else None
+        return attention_launches(*arguments, **settings, config=config, items=listed)
 
     return launches
 

@@ -6,7 +6,7 @@ their pages and says where each token's keys and values go. Kernels: ``mtgr.kern
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from mtgr.kernels.paged_attention import PagedBias, paged_attention
+from mtgr.kernels.paged_attention import PagedBias, StepItems, paged_attention
 from mtgr.kernels.store import store_keys_values, store_times
 from mtgr.vllm_plugin.step import StepMetadata
 
@@ -122,6 +122,7 @@ class Step:
         visible: INT32 [T], leading tokens of its sequence that a token sees.
         slots: INT64 [T], as the metadata's, negative for candidates too: nobody else ever reads their keys.
         bias: Relative bias with the tables of any layer, or None.
+        items: Lists of the step's tiles of queries.
     """
 
     metadata: StepMetadata | None
@@ -129,6 +130,7 @@ class Step:
     visible: Tensor
     slots: Tensor | None
     bias: PagedBias | None
+    items: StepItems = field(default_factory=StepItems)
 
 
 class TokenTimes(_PagedLayer):
@@ -206,4 +208,5 @@ class PagedAttention(_PagedLayer):
             scale=self.head_size**-0.5,
             norm_length=self.norm_length,
             bias=bias,
+            items=step.items,
         )

@@ -64,3 +64,36 @@ def stack(kernel: Any) -> int:
     found = re.search(r"STACK:(\d+)", report)
     assert found is not None, report
     return int(found[1])
+
+
+def is_serialised(kernel: Any) -> bool:
+    """Whether the assembler has every product of the tensor cores waited for before the next."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        command = [TOOLS / "ptxas", "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"]
+        notes = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "serialized" in notes
+
+
+def main_loop(kernel: Any) -> list[str]:
+    """Instructions of the first innermost loop with products of the tensor cores, without their addresses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "nvdisasm", "-c", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    loops: list[tuple[int, int]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            code.append(instruction[1])
+            target = re.search(r"BRA.*?(\.L_\w+)", instruction[1])
+            if target and target[1] in labels:
+                loops.append((labels[target[1]], len(code)))
+    # Two products at least; what spans more than a few tiles is a loop around them.
+    bodies = [code[first:last] for first, last in sorted(loops) if last - first < 1000]
+    return next(body for body in bodies if sum("GMMA" in line for line in body) > 2)

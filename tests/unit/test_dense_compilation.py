@@ -24,7 +24,7 @@ from mtgr.kernels.launch import Launch
 from mtgr.kernels.linear import BLOCK, QuantisedRows, QuantisedWeight
 from mtgr.kernels.triton_fp8 import quantise_launch
 from mtgr.kernels.triton_linear import fp8_linear_launch, linear_launch, quantise_rows_launch, tiles
-from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, stack
+from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, is_serialised, main_loop, stack
 
 INTERPRETED = ("test_dense_attention.py", "test_dense_linear.py")
 FP8 = torch.float8_e4m3fn
@@ -121,6 +121,76 @@ def test_attention_compiles(capability: int) -> None:
             assert re.search(r"cp\.async\.cg[^;]*, 0x10", assembly), name
         if operands == FP8:
             assert "e4m3" in assembly, name
+
+
+PACKED = [
+    (128, DenseConfig("specialised", 128, 128, 4, 4, in_turn=True, packed=True)),
+    (128, DenseConfig("specialised", 192, 64, 4, 6, overlaps=True, packed=True)),
+    (256, DenseConfig("specialised", 128, 128, 4, 2, overlaps=True, packed=True)),
+]
+
+
+@pytest.mark.parametrize(("head_size", "config"), PACKED, ids=str)
+def test_weights_are_rounded_where_they_are_taken(
+    head_size: int, config: DenseConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the loop over tiles no byte is moved, and products run on while SiLU is computed."""
+    compile_for(90, monkeypatch, tmp_path)
+    kernel = finished(attention(head_size, FP8, config).compile())
+    assert not is_serialised(kernel)
+    assert stack(kernel) <= MAX_STACK
+    loop = main_loop(kernel)
+    weights = 64 * config.block_n // 128  # of a thread
+    assert sum("MUFU.TANH" in line for line in loop) == weights
+    assert sum("E4M3.F32" in line and "F2FP" in line for line in loop) == weights // 2
+    assert not [line for line in loop if "PRMT" in line]
+    assert sum("STL" in line for line in loop) <= 2
+    if config.overlaps:
+        last_wait = max(index for index, line in enumerate(loop) if "WARPGROUP.DEPBAR" in line)
+        before = sum("MUFU.TANH" in line for line in loop[:last_wait])
+        assert before == weights
+
+
+@pytest.mark.parametrize(("head_size", "config"), PACKED[:2], ids=str)
+def test_every_weight_gets_to_its_byte(
+    head_size: int, config: DenseConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of sixteen logits of a thread, what each register of the second product's operand is made of.
+
+    A thread's results stand in pairs of keys of one query and another, eight keys on the next; its operand takes four
+    keys of a query to a register, then four of the other, in the order in which ``dense_fp8`` stores values.
+    """
+    compile_for(90, monkeypatch, tmp_path)
+    kernel = finished(attention(head_size, FP8, config).compile())
+    order = [0, 1, 4, 5, 2, 3, 6, 7]
+    wanted = [16 * (index // 16) + 8 * (index // 8 % 2) + order[index % 8] for index in range(config.block_n // 2)]
+    assert operand_sources(kernel.asm["ptx"]) == wanted
+
+
+def operand_sources(assembly: str) -> list[int]:
+    """Byte by byte, which result of the first product a thread's operand of the second is made of, in the main loop."""
+    lines = assembly.splitlines()
+    wait = next(index for index, line in enumerate(lines) if "wgmma.wait_group.sync.aligned 1" in line)
+    end = next(index for index in range(wait, len(lines)) if lines[index].startswith("$L__BB"))
+    products = [re.findall(r"\{(.*?)\}", line) for line in lines[:wait] if "wgmma.mma_async" in line]
+    # The last ones take registers besides their results.
+    count = next(n for n in range(len(products)) if len(products[-1 - n]) == 1)
+    taken = [register for product in products[-count:] for register in re.findall(r"%r\d+", product[1])]
+    results = re.findall(r"%r\d+", products[-1 - count][0])
+    copied = dict(re.findall(r"mov\.b32 (%r\d+), (%r\d+);", "\n".join(lines[:wait])))
+    loop = "\n".join(lines[wait:end])
+    rounded = r"low, (%r\d+), (%r\d+);\s+\S+ high, (%r\d+), (%r\d+);\s+mov\.b32 (%r\d+), \{low, high\}"
+    made = {found[4]: (found[1], found[0], found[3], found[2]) for found in re.findall(rounded, loop)}
+    computed = dict(re.findall(r"(?:mul|fma\.rn|tanh\.approx)\.f32\s+(%r\d+), (.*);", loop))
+
+    def source(register: str) -> int:
+        while register not in results:
+            # Of a product with a factor that is the same for all, the other number.
+            inputs = re.findall(r"%r\d+", computed[register])
+            register = next(one for one in inputs if one in computed or one in results)
+        return results.index(register)
+
+    return [source(byte) for register in taken for byte in made[copied[register]]]
 
 
 def test_unaligned_rows_take_plain_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

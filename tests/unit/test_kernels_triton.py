@@ -19,13 +19,20 @@ from mtgr.kernels.bias import PagedBias
 from mtgr.kernels.compilation import parallel_compilation
 from mtgr.kernels.configs import TOKEN_CLASSES, LaunchConfig, LaunchKey, candidate_tiles, specialised_tiles
 from mtgr.kernels.launch import Launch
+from mtgr.kernels.paged_items import new_items
 from mtgr.kernels.triton_attention import attention_launches
+from mtgr.kernels.triton_items import list_items_launch
 from mtgr.kernels.triton_norm import group_norm_launch
 from mtgr.kernels.triton_store import store_keys_values_launch, store_times_launch
 from mtgr.kernels.tuning import _step
-from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, stack
+from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, is_serialised, stack
 
-INTERPRETED = ("test_kernels_attention.py", "test_kernels_store.py", "test_kernels_norm.py")
+INTERPRETED = (
+    "test_kernels_attention.py",
+    "test_kernels_store.py",
+    "test_kernels_norm.py",
+    "test_paged_items.py",
+)
 
 
 def test_interpreter() -> None:
@@ -89,6 +96,7 @@ def step(
         norm_length=1 + shift,
         bias=bias,
         config=config,
+        items=new_items(num_tokens, num_requests, config.block_m, q.device) if config.listed else None,
     )
 
 
@@ -149,7 +157,7 @@ def test_specialised_attention_compiles(
     key = LaunchKey(2, size, torch.bfloat16, block_size, False, 4096)
     compiled = {}
     with parallel_compilation():
-        for config in specialised_tiles(key):
+        for config in (config for config in specialised_tiles(key) if config.in_turn):
             for splits in (1, 4):
                 launch = step(
                     torch.bfloat16,
@@ -160,13 +168,15 @@ def test_specialised_attention_compiles(
                     num_requests=splits,
                 )[0]
                 compiled[f"{config} {splits}"] = launch.compile()
-    assert len(compiled) >= 4
+    assert len(compiled) >= 12
     for name, future in compiled.items():
         kernel = finished(future)
         assert stack(kernel) <= MAX_STACK, name
         assert kernel.metadata.shared <= SHARED[90], name
         assert "wgmma.mma_async" in kernel.asm["ptx"], name
         assert "cp.async.bulk.tensor" in kernel.asm["ptx"], name
+    overlapping = next(future for name, future in compiled.items() if "overlaps=True" in name)
+    assert not is_serialised(finished(overlapping))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -200,7 +210,9 @@ def test_stores_and_norms_compile(dtype: torch.dtype) -> None:
     k = torch.empty(5, 4 * 512, dtype=dtype)[:, :512].unflatten(-1, (2, 256))
     slots = torch.zeros(5, dtype=torch.int64)
     cache = torch.empty(3, 2, 16, 512, dtype=dtype)
+    few = torch.zeros(4, dtype=torch.int32)
     launches = [
+        list_items_launch(few, few, few.bool(), new_items(4, 3, 128, few.device), 128),
         store_keys_values_launch(k, k, cache, slots),
         store_times_launch(slots.to(torch.int32), torch.zeros(3, 16, 2, dtype=torch.int32)[..., 0], slots),
     ]
