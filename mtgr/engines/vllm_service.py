@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
@@ -16,12 +17,14 @@ import numpy.typing as npt
 
 from mtgr.engines.vllm_rows import EngineStatistics, VLLMRowEngine, gather_all
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
+from mtgr.routing.calls import CallThreads
 
 Arrays = dict[str, npt.NDArray[Any]]
 Result = TypeVar("Result")
 
 # A caller's change of mind is looked for after this time, and then again and again: short requests are never asked.
-_CANCEL_SECONDS = 0.02
+_CANCEL_SECONDS = 0.05
+_ASKING = 2  # threads that look for it
 _WATCH_SECONDS = 0.25
 _RESTART_SECONDS = 2.0
 _DRAIN_SECONDS = 10.0
@@ -129,13 +132,20 @@ class VLLMService:
         except BaseException:
             self._stop_loop()
             raise
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Arrays]] = set()
+        self._watches: set[asyncio.Task[None]] = set()
+        self._questions = CallThreads(_ASKING, "vllm-cancelled")
         self._watch = self._spawn(self._restart_when_dead())
 
     @property
     def failure(self) -> str | None:
         """Why no request can be answered now; None while they can."""
         return self._problem or self._engine.failure
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not answered yet; for whoever is in the loop's thread."""
+        return len(self._calls)
 
     def submit(self, call: Call) -> None:
         """Take a request up and return at once; safe from any thread."""
@@ -156,28 +166,42 @@ class VLLMService:
         self._wait(drain())
         self._engine.shutdown()
         self._stop_loop()
+        self._questions.stop()
 
     def _start(self) -> Coroutine[Any, Any, VLLMRowEngine]:
         return VLLMRowEngine.start_warm(self._directory, self.config.threads)
 
     def _begin(self, call: Call) -> None:
-        task = self._loop.create_task(self._answer(call))
+        # One task a request, and one more for those that take long: each costs as much as a small step of the engine.
+        task = self._loop.create_task(self._run(call))
         self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        watch = self._loop.call_later(_CANCEL_SECONDS, self._look_after, call, task)
+        task.add_done_callback(functools.partial(self._end, call, watch))
 
-    async def _answer(self, call: Call) -> None:
-        work = self._loop.create_task(self._run(call))
-        try:
-            done, _ = await asyncio.wait((work,), timeout=_CANCEL_SECONDS)
-            while not done:
-                if call.cancelled():
-                    work.cancel()
-                    await asyncio.wait((work,))
-                    raise CancelledRequestError("the request was cancelled.")
-                done, _ = await asyncio.wait((work,), timeout=5 * _CANCEL_SECONDS)
-            call.respond(work.result())
-        except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
+    def _end(self, call: Call, watch: asyncio.TimerHandle, task: asyncio.Task[Arrays]) -> None:
+        watch.cancel()
+        self._calls.discard(task)
+        if task.cancelled():
+            call.respond(CancelledRequestError("the request was cancelled."))
+            return
+        error = task.exception()
+        if error is None:
+            call.respond(task.result())
+        elif isinstance(error, Exception):
             call.respond(error)
+
+    def _look_after(self, call: Call, task: asyncio.Task[Arrays]) -> None:
+        watch = self._loop.create_task(self._cancel_with(call, task))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+
+    async def _cancel_with(self, call: Call, task: asyncio.Task[Arrays]) -> None:
+        """End the task when its caller gives up; asking takes a message to the server, so a thread does."""
+        while not task.done():
+            if await self._questions.run(call.cancelled):
+                task.cancel()
+                return
+            await asyncio.sleep(5 * _CANCEL_SECONDS)
 
     async def _run(self, call: Call) -> Arrays:
         if self.failure is not None:

@@ -32,15 +32,20 @@ from mtgr.schema import (
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
-_TABLE_ITEMS = 1 << 16  # up to so many, a table of all items is quicker than a search
+_TABLE_ITEMS = 1 << 18  # up to so many, a table of all items is quicker than a search
 STATE_VERSION = 4
 NEVER = -1  # stands for a time that does not exist
 _HEADER = 10
 _PRIOR_EVENTS = 20
 _PRIOR_SIMILARITY = 5 * SIMILARITY
 # Widths of buckets for the two kinds of strength; the first reach from about -0.37 and -0.19 to the opposite.
-_USER_STEPS = (STRENGTH // 42, STRENGTH // 32)
-_SIMILAR_STEPS = (STRENGTH // 85, STRENGTH // 64)
+_USER_STEPS = np.array([STRENGTH // 42, STRENGTH // 32])
+_SIMILAR_STEPS = np.array([STRENGTH // 85, STRENGTH // 64])
+# Ids of the columns that are computed together: of the user's moment, and of each item.
+_MOMENT_SIZES = np.array([[LOG_SECONDS_SIZE]] * 2 + [[LOG_COUNT_SIZE]] * 3)
+_ITEM_SIZES = np.array([[LOG_SECONDS_SIZE], [LOG_COUNT_SIZE]])
+_INT32_MAX = np.iinfo(np.int32).max
+_INT64_MAX = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,14 @@ class CandidateState:
         """INT64 like ``items``: unix seconds of the user's last event with each item, or ``NEVER``."""
         if not len(self.seen_items):
             return np.full(items.shape, NEVER, dtype=np.int64)
-        index = np.minimum(np.searchsorted(self.seen_items, items), len(self.seen_items) - 1)
+        index = np.minimum(self.seen_items.searchsorted(items), len(self.seen_items) - 1)
         return np.where(self.seen_items[index] == items, self.seen_times[index], NEVER).astype(np.int64)
 
     def to_array(self, epoch: int) -> Int32Array:
         """The state as the INT32 ``candidate_state`` tensor; times become seconds since ``epoch``."""
         # An earlier time than the epoch is kept as the epoch: rows clip it the same way.
         times = np.concatenate([(self.request_time, self.first_time, self.last_time), self.seen_times])
-        seconds = np.where(times == NEVER, NEVER, np.clip(times - epoch, 0, np.iinfo(np.int32).max))
+        seconds = np.where(times == NEVER, NEVER, np.minimum(np.maximum(times - epoch, 0), _INT32_MAX))
         header = [
             STATE_VERSION,
             *seconds[:3],
@@ -178,7 +183,7 @@ def build_candidate_state(
         session_events=int(session_events[-1]) if len(times) else 0,
         context_length=context_length,
         category_events=flags.sum(axis=0),
-        category_liked=liked.astype(np.int64) @ flags,
+        category_liked=flags[liked].sum(axis=0),
         seen_items=grouped[starts],
         seen_times=times[order[ends - 1]] if len(items) else times,
         seen_events=ends - starts if len(items) else times,
@@ -207,6 +212,30 @@ def similar_sums(
     """
     weights = similarity.astype(np.int64)
     return (weights * events[index]).sum(axis=1), np.einsum("kn,knc->kc", weights, surprise[index])
+
+
+def seen_sums(catalog: ItemCatalog, items: Int64Array, state: CandidateState) -> tuple[Int64Array, Int64Array]:
+    """``similar_sums`` of one user: of the neighbours only those that the user knows, most often few, are looked at."""
+    count, width = len(items), catalog.neighbours.shape[1]
+    neighbours = catalog.neighbours.take(items, axis=0).reshape(-1)
+    num_items = len(catalog.neighbours)
+    if num_items <= _TABLE_ITEMS:
+        known = np.zeros(num_items, dtype=np.bool_)
+        known[state.seen_items] = True
+        (hits,) = known.take(neighbours).nonzero()
+    else:
+        # A table of the catalogue's size would cost a large one dearly.
+        (hits,) = _is_among(neighbours, state.seen_items).nonzero()
+    place = state.seen_items.searchsorted(neighbours[hits])
+    which = hits // width
+    weights = catalog.similarity[items[which], hits - which * width].astype(np.float64)
+
+    def summed(values: Int64Array) -> Int64Array:
+        # Floats, which NumPy sums by group: exact, for no sum comes near 2^53.
+        return np.bincount(which, weights * values[place], count).astype(np.int64)
+
+    surprise = np.stack([summed(column) for column in state.seen_surprise.T], axis=1)
+    return summed(state.seen_events), surprise
 
 
 def session_counts(times: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -266,25 +295,29 @@ def candidate_columns(
     Returns:
         INT32 [k, W], types and slots still 0.
     """
-    request = np.broadcast_to(np.asarray(request_time, dtype=np.int64), items.shape)
-    first = np.broadcast_to(np.asarray(first_time, dtype=np.int64), items.shape)
-    last = np.broadcast_to(np.asarray(last_time, dtype=np.int64), items.shape)
-    flags = catalog.categories[items].astype(np.int64)
-    events_alike = (flags * category_events).sum(axis=1)
-    liked_alike = (flags * category_liked).sum(axis=1)
+    # Of one moment, what does not depend on the item is computed once: arrays of one, which rows repeat.
+    request, first, last = np.array([request_time, first_time, last_time], dtype=np.int64).reshape(3, -1)
+    counts = np.array([num_events, num_sessions, session_events], dtype=np.int64).reshape(3, -1)
+    flags = catalog.categories.take(items, axis=0).astype(np.float64)  # of which products and sums are exact
+    if category_events.ndim == 1:
+        alike = flags @ np.array([category_events, category_liked], dtype=np.float64).T
+        events_alike, liked_alike = alike.T.astype(np.int64)
+    else:
+        events_alike = (flags * category_events).sum(axis=1).astype(np.int64)
+        liked_alike = (flags * category_liked).sum(axis=1).astype(np.int64)
     # Item-based nearest neighbours as features: how far the user's taste lies above the usual, in general and, beyond
     # that, on items like this one. Both are drawn towards 0 by some events without any surprise.
-    deviation = surprise // (np.asarray(num_events, dtype=np.int64)[..., None] + _PRIOR_EVENTS)
+    deviation = surprise // (counts[0][:, None] + _PRIOR_EVENTS)
     similar = similar_events[:, None]
     similar_deviation = (similar_surprise - deviation * similar) // (similar + _PRIOR_SIMILARITY)
     snapshot = catalog.snapshot(request)
 
-    since = np.stack([last, item_last_time, first])
-    gap, recency, since_first = log_bucket(
-        np.where(since == NEVER, -1, np.maximum(request - since, 0)), LOG_SECONDS_SIZE
+    gap, since_first, events, sessions, session = log_bucket(
+        np.concatenate([_since(request, np.array([last, first])), counts]), _MOMENT_SIZES
     )
-    amounts = [np.broadcast_to(amount, items.shape) for amount in (num_events, num_sessions, session_events)]
-    category_count, events, sessions, session = log_bucket(np.stack([events_alike, *amounts]), LOG_COUNT_SIZE)
+    recency, category_count = log_bucket(np.array([_since(request, item_last_time), events_alike]), _ITEM_SIZES)
+    user_deviations = deviation_bucket(deviation, _USER_STEPS, DEVIATION_SIZE)
+    similar_deviations = deviation_bucket(similar_deviation, _SIMILAR_STEPS, DEVIATION_SIZE)
 
     columns = {
         "item": items,
@@ -301,10 +334,10 @@ def candidate_columns(
         "since_first": since_first,
         "sessions": sessions,
         "session_events": session,
-        "user_deviation": deviation_bucket(deviation[..., 0], _USER_STEPS[0], DEVIATION_SIZE),
-        "user_top_deviation": deviation_bucket(deviation[..., 1], _USER_STEPS[1], DEVIATION_SIZE),
-        "similar_deviation": deviation_bucket(similar_deviation[:, 0], _SIMILAR_STEPS[0], DEVIATION_SIZE),
-        "similar_top_deviation": deviation_bucket(similar_deviation[:, 1], _SIMILAR_STEPS[1], DEVIATION_SIZE),
+        "user_deviation": user_deviations[..., 0],
+        "user_top_deviation": user_deviations[..., 1],
+        "similar_deviation": similar_deviations[:, 0],
+        "similar_top_deviation": similar_deviations[:, 1],
     }
     rows = np.zeros((len(items), schema.width), dtype=np.int32)
     for index, name in enumerate(schema.candidate_columns, start=FIRST_COLUMN):
@@ -312,17 +345,15 @@ def candidate_columns(
     return rows
 
 
-def _places(known: Int64Array, wanted: npt.NDArray[np.integer[Any]], num_items: int) -> npt.NDArray[np.intp]:
-    """Where each of ``wanted`` stands in the ascending ``known``; ``len(known)`` where it does not."""
-    if num_items <= _TABLE_ITEMS:
-        table = np.full(num_items, len(known), dtype=np.intp)
-        table[known] = np.arange(len(known))
-        places: npt.NDArray[np.intp] = table[wanted]
-        return places
-    # A table of the catalogue's size would cost a large one dearly.
-    index = np.searchsorted(known, wanted)
-    index[np.append(known, np.iinfo(np.int64).max)[index] != wanted] = len(known)
-    return index
+def _since(request: Int64Array, moments: Int64Array) -> Int64Array:
+    """Seconds from ``moments`` to the request; -1 from those that do not exist."""
+    return np.where(moments == NEVER, -1, np.maximum(request - moments, 0))
+
+
+def _is_among(wanted: npt.NDArray[np.integer[Any]], known: Int64Array) -> npt.NDArray[np.bool_]:
+    """Whether each of ``wanted`` is in the ascending ``known``."""
+    found: npt.NDArray[np.bool_] = np.append(known, _INT64_MAX)[known.searchsorted(wanted)] == wanted
+    return found
 
 
 def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, items: Int64Array) -> Int32Array:
@@ -337,14 +368,7 @@ def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, 
     Returns:
         INT32 [k, W], slots going on from the context's.
     """
-    neighbours = catalog.neighbours[items]
-    index = _places(state.seen_items, neighbours, len(catalog.neighbours))
-    similar_events, similar_surprise = similar_sums(
-        catalog.similarity[items],
-        index,
-        np.append(state.seen_events, 0),
-        np.concatenate([state.seen_surprise, np.zeros((1, 2), dtype=np.int64)]),
-    )
+    similar_events, similar_surprise = seen_sums(catalog, items, state)
     rows = candidate_columns(
         schema,
         catalog,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ SIMILARITY = 1024  # the similarity of two items that all of their users share
 _NEIGHBOURS = 64
 _PRIOR_EVENTS = 2  # events of the overall mean that are added to an item's own
 _PRIOR_USERS = 1  # common users at which a similarity is halved
+_SPARSE = 4  # a table of raw ids may have so many places for each item
 _FIRST_DECADE = 1900
 _DECADES = 15
 
@@ -73,9 +75,25 @@ class ItemCatalog:
     def to_internal(self, raw: npt.ArrayLike) -> Int64Array:
         """Internal ids of raw ids; unknown ones get the reserved id."""
         values = np.asarray(raw, dtype=np.int64)
-        index = np.searchsorted(self.raw_ids, values)
-        index = np.minimum(index, len(self.raw_ids) - 1)
-        return np.where(self.raw_ids[index] == values, index + FIRST_ID, UNKNOWN).astype(np.int64)
+        if self._table is not None:
+            # What lies below the first id wraps around to beyond the last one.
+            places = (values - self.raw_ids[0]).astype(np.uint64)
+            internal: Int64Array = self._table[np.minimum(places, len(self._table) - 1).astype(np.intp)]
+            return internal
+        index = np.minimum(self.raw_ids.searchsorted(values), len(self.raw_ids) - 1)
+        return np.where(self.raw_ids[index] == values, index + FIRST_ID, UNKNOWN)
+
+    @functools.cached_property
+    def _table(self) -> Int64Array | None:
+        """Internal ids from the first raw id on, the unknown one at the end; None where most places would be empty."""
+        if not len(self.raw_ids):
+            return None
+        span = int(self.raw_ids[-1]) - int(self.raw_ids[0]) + 1
+        if span > _SPARSE * len(self.raw_ids):
+            return None
+        table = np.full(span + 1, UNKNOWN, dtype=np.int64)
+        table[self.raw_ids - self.raw_ids[0]] = np.arange(FIRST_ID, self.num_items)
+        return table
 
     def to_raw(self, internal: npt.ArrayLike) -> Int64Array:
         """Raw ids of internal ids, none of them reserved."""

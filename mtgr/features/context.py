@@ -37,7 +37,8 @@ def boundary(num_events: int, realtime_step: int) -> int:
 
 def relative_time(schema: Schema, times: npt.ArrayLike) -> Int64Array:
     """Seconds since the schema's epoch, within [0, 2^31)."""
-    return np.clip(np.asarray(times, dtype=np.int64) - schema.epoch, 0, _INT32_MAX)
+    # Not np.clip, which takes twice as long for so few.
+    return np.minimum(np.maximum(np.asarray(times, dtype=np.int64) - schema.epoch, 0), _INT32_MAX)
 
 
 def profile_id(field: ProfileField, offset: int, value: str | float | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ FEATURES_UNAVAILABLE = "features_unavailable"
 
 @dataclass(frozen=True)
 class Features:
-    """What one request looks like after extraction; the tensors between ``mtgr_features`` and ``mtgr_router``.
+    """What one request looks like after extraction.
 
     Attributes:
         context: INT32 [n, W].
@@ -57,19 +56,6 @@ class Features:
     deadline_ms: int = 0
     request_id: str = ""
     trace: str = ""
-
-    def plan(self) -> bytes:
-        """All but the arrays, as JSON: one tensor costs a hop between processes less than four."""
-        values = (self.strategy, self.top_k, self.arm, self.labels, self.deadline_ms, self.request_id, self.trace)
-        return json.dumps(values).encode()
-
-    @classmethod
-    def from_plan(
-        cls, context: Int32Array, candidate_state: Int32Array, candidates: Int64Array, plan: bytes
-    ) -> Features:
-        """Put arrays and ``plan`` together again."""
-        strategy, top_k, arm, labels, *rest = json.loads(plan)
-        return cls(context, candidate_state, candidates, strategy, top_k, arm, tuple(labels), *rest)
 
 
 class FeatureExtractor:

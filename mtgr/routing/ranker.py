@@ -120,6 +120,8 @@ class Ranker:
             return np.empty((0, len(self.schema.tasks)), dtype=np.float32)
         step = self.config.candidate_buckets[-1] if strategy.padded else len(rows)
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+        if len(parts) == 1:
+            return await self._rank_part(strategy, context, rows, call)
         answers = await asyncio.gather(*(self._rank_part(strategy, context, part, call) for part in parts))
         return np.concatenate(answers)
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
@@ -16,11 +15,13 @@ from mtgr.features.cache import CachedStore
 from mtgr.features.extract import FeatureExtractor
 from mtgr.features.intake import Intake
 from mtgr.features.metrics import FeatureMetrics
+from mtgr.features.packing import pack
 from mtgr.features.settings import feature_settings
 from mtgr.logs import EventLog
 from mtgr.routing.board import server_board
 from mtgr.routing.deadline import Deadline, time_limit
 from mtgr.routing.gate import Gate
+from mtgr.routing.outbox import Outbox
 from mtgr.routing.policy import policy_file
 from mtgr.routing.reasons import RefusedError, reason_of
 from mtgr.routing.reload import PolicyFile
@@ -54,10 +55,9 @@ class Arrival:
 
     def read(self, request):
         """Take over what is to be worked on; copies, because Triton takes the memory back when ``execute`` returns."""
-        for name in INPUTS:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is not None:
-                self.tensors[name] = tensor.as_numpy().copy()
+        found = {tensor.name(): tensor for tensor in request.inputs()}
+        # In this order: of several that are wrong, the first one is named.
+        self.tensors = {name: found[name].as_numpy().copy() for name in INPUTS if name in found}
         trace = trace_of(json.loads(request.parameters() or "{}"))
         self.trace = "" if trace is None else trace.header()
 
@@ -83,6 +83,7 @@ class TritonPythonModel:
             self.store_problem = None
             self.log = event_log(self.policy.current)
             self.gate = Gate(server_board(), self.policy.current.admission.max_queue)
+            self.outbox = Outbox(lambda error: pb_utils.Logger.log_error(f"features: not sent: {error}"))
             self.intake = Intake(self._answer, self._failed)
             self.reporter = MetricReporter(pb_utils, self._changes)
         except ConfigurationError as error:
@@ -110,6 +111,7 @@ class TritonPythonModel:
         """Answer what is here, and let go of the store."""
         if self.extractor is not None:
             self.intake.stop()
+            self.outbox.stop()
             self.reporter.stop()
             self.gate.close()
             self.store.close()
@@ -143,17 +145,12 @@ class TritonPythonModel:
         )
         self.metrics.stage("features", time.perf_counter() - started)
         self.metrics.count(features.labels)
-        arrival.sender.send(
-            pb_utils.InferenceResponse(
-                [
-                    pb_utils.Tensor("context", features.context[None]),
-                    pb_utils.Tensor("candidate_state", features.candidate_state[None]),
-                    pb_utils.Tensor("valid_candidates", features.candidates[None]),
-                    pb_utils.Tensor("plan", np.array([[features.plan()]], dtype=np.object_)),
-                ]
-            ),
-            flags=FINAL,
-        )
+        packed = pack(features)[None]
+
+        def send():
+            arrival.sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("features", packed)]), flags=FINAL)
+
+        self.outbox.put(send, at_once=not self.intake.waiting)
 
     def _failed(self, arrival, error):
         message, code = str(error), pb_utils.TritonError.UNAVAILABLE

@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,14 @@ import triton_python_backend_utils as pb_utils
 
 from mtgr.bundle import load_bundle
 from mtgr.errors import ConfigurationError, RequestTimeoutError, UnavailableError
-from mtgr.features.extract import Features
+from mtgr.features.packing import unpack
 from mtgr.logs import EventLog
 from mtgr.metrics import MetricRegistry
 from mtgr.routing.board import server_board
+from mtgr.routing.calls import CallThreads
 from mtgr.routing.drain import DRAIN_VARIABLE, DrainWatch
 from mtgr.routing.journal import Journal
+from mtgr.routing.outbox import Outbox
 from mtgr.routing.policy import policy_file
 from mtgr.routing.ranker import Ranker
 from mtgr.routing.readiness import artifact_problem, largest_batch, split_version
@@ -48,9 +49,9 @@ class TritonPythonModel:
         self.policy = PolicyFile(path)
         self.loop = asyncio.new_event_loop()
         self.arrivals = deque()
+        self.woken = False  # whether the loop is told already that somebody has come
         self.tasks = set()
-        # Each call of an engine holds one of these threads until it is answered; Python's default is six on two cores.
-        self.loop.set_default_executor(ThreadPoolExecutor(CALLS, thread_name_prefix="bls"))
+        self.outbox = Outbox(lambda error: pb_utils.Logger.log_error(f"router: an answer was not sent: {error}"))
         self.thread = threading.Thread(target=self.loop.run_forever, name="router", daemon=True)
         self.thread.start()
         try:
@@ -91,11 +92,13 @@ class TritonPythonModel:
                     sender.send(_error(message, pb_utils.TritonError.INVALID_ARG), flags=FINAL)
                     continue
                 self.arrivals.append((features, sender))
-        if self.arrivals:
+        if self.arrivals and not self.woken:
+            self.woken = True
             self.loop.call_soon_threadsafe(self._start)
 
     def _start(self):
         """In the loop: begin with whatever has come."""
+        self.woken = False
         while self.arrivals:
             task = self.loop.create_task(self._answer(*self.arrivals.popleft()))
             self.tasks.add(task)  # the loop itself holds tasks weakly
@@ -107,7 +110,9 @@ class TritonPythonModel:
             self.loop.call_soon_threadsafe(self.router.admission.drain)
 
     def _idle(self):
-        return self.router is None or (self.router.admission.draining and self.router.admission.idle)
+        if self.router is None:
+            return True
+        return self.router.admission.draining and self.router.admission.idle and self.outbox.idle
 
     def _changes(self):
         """Once a second: take a changed policy over, and give what is to be reported."""
@@ -124,14 +129,20 @@ class TritonPythonModel:
         return changes if self.policy.current.monitoring else []
 
     async def _answer(self, features, sender):
+        ranking, failure = None, None
         try:
-            response = _response(await self.router.route(features))
+            ranking = await self.router.route(features)
         except (UnavailableError, RequestTimeoutError) as error:
-            response = _error(str(error), pb_utils.TritonError.UNAVAILABLE)
+            failure = (str(error), pb_utils.TritonError.UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
             pb_utils.Logger.log_error(f"router: {type(error).__name__}: {error}")
-            response = _error("the router failed; see the server's log.", pb_utils.TritonError.INTERNAL)
-        sender.send(response, flags=FINAL)
+            failure = ("the router failed; see the server's log.", pb_utils.TritonError.INTERNAL)
+
+        def send():
+            sender.send(_response(ranking) if failure is None else _error(*failure), flags=FINAL)
+
+        # A lone request is answered right here: nobody is held up.
+        self.outbox.put(send, at_once=self.router.admission.idle)
 
     def finalize(self):
         """Let requests in flight end, then stop the loop."""
@@ -149,8 +160,11 @@ class TritonPythonModel:
             if self.board is not None:
                 self.board.close()
         asyncio.run_coroutine_threadsafe(drain(), self.loop).result()
+        self.outbox.stop()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
+        if self.router is not None:
+            self.router.engines.calls.stop()
 
 
 class BLSEngines:
@@ -168,6 +182,9 @@ class BLSEngines:
         self.problems = {model: artifact_problem(repository, model, schema_hash) for model in (*models, *versions)}
         self.largest = {model: largest_batch(repository, model) for model in self.problems}
         self.known = {}
+        # Each call of an engine holds one of these threads until it is answered.
+        self.calls = CallThreads(CALLS, "bls")
+        self.memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 
     def unready_reason(self, model):
         """None if the model is loaded and fits the schema; asked of the server at most once a second."""
@@ -189,14 +206,14 @@ class BLSEngines:
             model_version=-1 if version is None else version,
             requested_output_names=list(outputs),
             inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
-            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+            preferred_memory=self.memory,
         )
-        response = await request.async_exec()
+        response = await self.calls.run(request.exec)
         if response.has_error():
             message = response.error().message().rstrip(".")
             kind = EngineLostError if LOST in message else UnavailableError
             raise kind(f"{model} failed: {message}")
-        return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
+        return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
 
 
 def event_log(policy):
@@ -205,11 +222,8 @@ def event_log(policy):
 
 
 def _features(request):
-    def array(name):
-        return pb_utils.get_input_tensor_by_name(request, name).as_numpy()[0].copy()
-
-    rows, state, candidates = (array(name) for name in ("context", "candidate_state", "valid_candidates"))
-    return Features.from_plan(rows, state, candidates, array("plan")[0])
+    (tensor,) = request.inputs()
+    return unpack(tensor.as_numpy()[0].copy())
 
 
 def _response(ranking):

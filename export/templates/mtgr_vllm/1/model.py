@@ -1,7 +1,9 @@
 """Triton adapter of the vllm engine; the logic is in ``mtgr.engines.vllm_service``."""
 
+import functools
 import json
 import locale
+import threading
 from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
@@ -9,9 +11,9 @@ import triton_python_backend_utils as pb_utils
 from mtgr.engines.vllm_metrics import VLLMMetrics
 from mtgr.engines.vllm_service import Call, CancelledRequestError, ServiceConfig, VLLMService
 from mtgr.errors import InvalidRequestError, UnavailableError
+from mtgr.routing.outbox import Outbox
 from mtgr.triton_metrics import MetricReporter
 
-INPUTS = ("context", "candidates")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -25,6 +27,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"]).get("parameters", {})
         values = {name: value["string_value"] for name, value in parameters.items()}
         version = Path(args["model_repository"]) / args["model_version"]
+        self.outbox = Outbox(lambda error: pb_utils.Logger.log_error(f"vllm: an answer was not sent: {error}"))
         self.service = VLLMService(version, ServiceConfig.from_parameters(values), pb_utils.Logger.log_error)
         metrics = VLLMMetrics(self.service)
         self.reporter = MetricReporter(pb_utils, metrics.changes)
@@ -35,27 +38,43 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             limit = request.timeout() / 1e6
             # Inputs are copied here: Triton takes their memory back when execute returns.
-            tensors = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in INPUTS)
-            inputs = {name: tensor.as_numpy().copy() for name, tensor in tensors if tensor is not None}
-            self.service.submit(Call(inputs, responder(sender), sender.is_cancelled, limit or None))
+            inputs = {tensor.name(): tensor.as_numpy().copy() for tensor in request.inputs()}
+            reply = Reply(sender)
+            self.service.submit(Call(inputs, functools.partial(self._respond, reply), reply.cancelled, limit or None))
 
     def finalize(self):
         """Let requests in flight end, then end the engine."""
         self.reporter.stop()
         self.service.close()
+        self.outbox.stop()
+
+    def _respond(self, reply, answer):
+        # A lone request is answered right here: nobody is held up.
+        self.outbox.put(functools.partial(reply.send, answer), at_once=not self.service.in_flight)
 
 
-def responder(sender):
-    """Sends an answer or an error to whoever asked."""
+class Reply:
+    """A response sender that is asked nothing more once it has sent: Triton 2.51 ends at such a question."""
 
-    def respond(answer):
+    def __init__(self, sender):
+        self.sender = sender
+        self.sent = False
+        self.lock = threading.Lock()
+
+    def cancelled(self):
+        """Whether the caller gave up."""
+        with self.lock:
+            return not self.sent and self.sender.is_cancelled()
+
+    def send(self, answer):
+        """Send an answer or an error to whoever asked."""
         if isinstance(answer, Exception):
             response = pb_utils.InferenceResponse(error=triton_error(answer))
         else:
             response = pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in answer.items()])
-        sender.send(response, flags=FINAL)
-
-    return respond
+        with self.lock:
+            self.sent = True
+            self.sender.send(response, flags=FINAL)
 
 
 def triton_error(error):
