@@ -23,7 +23,7 @@ common=(--preset "${PRESET:-large}" --compiled "${COMPILED:-bf16}" --users "${US
 sweep=(--concurrency 1,8,32,64 --rate-shares 0.8 --repeats 2 --seconds 3 --kpi-seconds 20) crowd=(--seconds 12)
 if [[ -n ${DRY:-} ]]; then
   callers=${CALLERS:-100}
-  common=(--preset tiny --users 100 --history 64 --candidates 32 --vllm in_process=true --router-instances 2
+  common=(--preset tiny --compiled fp32 --users 100 --history 64 --candidates 32 --vllm in_process=true --router-instances 2
     --feature-cache-mib 64)
   sweep=(--concurrency 1,4 --rate-shares 0.8 --repeats 1 --seconds 1 --warm-seconds 0.5 --kpi-seconds 4) crowd=(--seconds 2)
 fi
