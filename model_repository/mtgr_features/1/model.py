@@ -10,6 +10,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from mtgr.bundle import load_bundle
+from mtgr.collector import settle
 from mtgr.errors import ConfigurationError, InvalidRequestError, RequestTimeoutError, UnavailableError
 from mtgr.features.cache import CachedStore
 from mtgr.features.extract import FeatureExtractor
@@ -86,6 +87,7 @@ class TritonPythonModel:
             self.outbox = Outbox(lambda error: pb_utils.Logger.log_error(f"features: not sent: {error}"))
             self.intake = Intake(self._answer, self._failed)
             self.reporter = MetricReporter(pb_utils, self._changes)
+            settle()
         except ConfigurationError as error:
             self.problem = str(error)
             pb_utils.Logger.log_warn(self.problem)

@@ -12,6 +12,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from mtgr.bundle import load_bundle
+from mtgr.collector import settle
 from mtgr.errors import ConfigurationError, RequestTimeoutError, UnavailableError
 from mtgr.features.packing import unpack
 from mtgr.logs import EventLog
@@ -70,6 +71,7 @@ class TritonPythonModel:
                 largest=engines.largest.get,
             )
             self.reporter = MetricReporter(pb_utils, self._changes)
+            settle()
         except ConfigurationError as error:
             self.problem = str(error)
         path = os.environ.get(DRAIN_VARIABLE)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
+from mtgr.collector import settle
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.compiled import CompiledEngine, frequent_shapes, require_gpu, usual_shapes
 from mtgr.errors import InvalidRequestError
@@ -38,6 +39,7 @@ class TritonPythonModel:
         else:
             self.engine = BaselineEngine(checkpoint, device)
 
+        settle()
         self.under_way = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._answer_all, name="answers", daemon=True)
         self.thread.start()

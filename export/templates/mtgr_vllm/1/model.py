@@ -8,6 +8,7 @@ from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
 
+from mtgr.collector import settle
 from mtgr.engines.vllm_metrics import VLLMMetrics
 from mtgr.engines.vllm_service import Call, CancelledRequestError, ServiceConfig, VLLMService
 from mtgr.errors import InvalidRequestError, UnavailableError
@@ -29,6 +30,7 @@ class TritonPythonModel:
         version = Path(args["model_repository"]) / args["model_version"]
         self.outbox = Outbox(lambda error: pb_utils.Logger.log_error(f"vllm: an answer was not sent: {error}"))
         self.service = VLLMService(version, ServiceConfig.from_parameters(values), pb_utils.Logger.log_error)
+        settle()
         metrics = VLLMMetrics(self.service)
         self.reporter = MetricReporter(pb_utils, metrics.changes)
 
