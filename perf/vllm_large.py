@@ -151,12 +151,10 @@ def door(repository: Path, options: argparse.Namespace) -> dict[str, Any]:
     cached = options.context // options.block_size * options.block_size
     table = {}
     for name, found in samples.items():
-        number_bytes = 1 if "fp8" in name else 2
+        is_fp8 = "fp8" in name
         floors = {
-            "cold": floor(preset(options.preset), options.context, CANDIDATES, number_bytes=number_bytes).milliseconds,
-            "cached": floor(
-                preset(options.preset), options.context, CANDIDATES, cached, number_bytes=number_bytes
-            ).milliseconds,
+            "cold": floor(preset(options.preset), options.context, CANDIDATES, is_fp8=is_fp8).milliseconds,
+            "cached": floor(preset(options.preset), options.context, CANDIDATES, cached, is_fp8=is_fp8).milliseconds,
         }
         p50 = {state: statistics.median(values) for state, values in found.items()}
         table[name] = {"milliseconds": found, "p50": p50, "floor": floors}

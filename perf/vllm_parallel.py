@@ -196,10 +196,10 @@ async def _measured(
         finally:
             for engine in engines.values():
                 await asyncio.to_thread(engine.shutdown)
-    config, number_bytes = preset(options.preset), 1 if variant == "fp8" else 2
+    config, is_fp8 = preset(options.preset), variant == "fp8"
     cached = options.context // options.block_size * options.block_size
     floors = {
-        state: floor(config, options.context, CANDIDATES, tokens, number_bytes=number_bytes).milliseconds
+        state: floor(config, options.context, CANDIDATES, tokens, is_fp8=is_fp8).milliseconds
         for state, tokens in (("cold", 0), ("cached", cached))
     }
     first, table = ranks[0], {}

@@ -8,7 +8,7 @@ from mtgr.config import ModelConfig
 from perf.floors import Accelerator, floor
 
 CONFIG = ModelConfig(num_layers=2, d_model=4, num_heads=1, attention_norm_length=8)
-GPU = Accelerator("toy", flops=1e6, bandwidth=1e6)
+GPU = Accelerator("toy", flops=1e6, bandwidth=1e6, fp8_flops=2e6)
 
 
 def test_a_cold_request() -> None:
@@ -24,3 +24,10 @@ def test_a_cached_context_is_read_and_not_computed() -> None:
     assert warm.flops == 2 * (2 * 80 * 64) + 2 * (4 * 4 * 64 * 513)
     assert warm.bytes == cold.bytes
     assert warm.milliseconds < cold.milliseconds
+
+
+def test_fp8_is_of_linear_layers_only() -> None:
+    wide, fp8 = (floor(CONFIG, context=3, candidates=2, gpu=GPU, is_fp8=is_fp8) for is_fp8 in (False, True))
+    assert fp8.flops == wide.flops
+    assert wide.bytes - fp8.bytes == 2 * 80
+    assert fp8.milliseconds == pytest.approx((2 * (2 * 80 * 5) / 2 + 2 * (4 * 4 * 17)) / 1e3)
