@@ -133,6 +133,11 @@ class Bench:
 
         return self._tried(strategy, "request_rate", rate, repeat, analyzed, generated, rate)
 
+    def warm_open(self, strategy: str, visits: Sequence[Visit], rate: float, seconds: float, seed: int) -> None:
+        """The load of ``open_loop`` for a while, of which nothing is kept: caches come to hold who is about."""
+        self._open(strategy, visits, rate, seconds, seed)
+        self._quiet = False
+
     def open_loop(self, strategy: str, visits: Sequence[Visit], rate: float, seconds: float, seed: int) -> Point:
         """Visits at random moments, those of one user in order; latency counts from the moment each was due."""
 

@@ -70,6 +70,7 @@ class Plan:
         fill: Visits that caches are filled with at first; twice as many as there are users if not given.
         warm_seconds: Of load before, for each strategy and level.
         kpi_seconds: Of the open loop; 0 leaves the key figures out.
+        kpi_warm_seconds: Of the same load before it.
         traffic: What traffic.
     """
 
@@ -81,6 +82,7 @@ class Plan:
     fill: int | None = None
     warm_seconds: float = 2.0
     kpi_seconds: float = 20.0
+    kpi_warm_seconds: float = 10.0
     traffic: WorkloadConfig = field(default_factory=WorkloadConfig)
 
 
@@ -223,6 +225,10 @@ def measure(bench: Bench, bundle: Bundle, plan: Plan, strategies: Sequence[str])
         rate = float(f"{SATURATION_SHARE * borne[AUTO]:.3g}")
         # A user's visits are sent in turn: who asked more than once a second would wait for answers of his own.
         traffic.config = replace(plan.traffic, bad_share=BAD_SHARE, apart=math.ceil(rate))
+        if plan.kpi_warm_seconds:
+            # The sweeps before left pauses, in which the caches forgot.
+            early = traffic.take(int(rate * plan.kpi_warm_seconds * 1.2) + 20)
+            bench.warm_open(AUTO, early, rate, plan.kpi_warm_seconds, plan.traffic.seed + 1)
         crowd = take(int(rate * plan.kpi_seconds * 1.2) + 20)
         add(bench.open_loop(AUTO, crowd, rate, plan.kpi_seconds, plan.traffic.seed))
         kpi = Kpi(rate=rate, saturation=borne[AUTO], point=len(points) - 1)
@@ -365,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fill", type=int, help="visits before all, for caches; twice the users by default")
     parser.add_argument("--warm-seconds", type=float, default=plan.warm_seconds)
     parser.add_argument("--kpi-seconds", type=float, default=plan.kpi_seconds, help="0 leaves the key figures out")
+    parser.add_argument(
+        "--kpi-warm-seconds", type=float, default=plan.kpi_warm_seconds, help="of the same load before it"
+    )
     parser.add_argument("--history", type=float, default=plan.traffic.history_median, help="median events of a user")
     parser.add_argument("--candidates", type=float, default=plan.traffic.candidates_median, help="median of a request")
     parser.add_argument("--zipf", type=float, default=plan.traffic.zipf, help="exponent of the users' popularity")
@@ -395,6 +404,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         fill=options.fill,
         warm_seconds=options.warm_seconds,
         kpi_seconds=options.kpi_seconds,
+        kpi_warm_seconds=options.kpi_warm_seconds,
         traffic=WorkloadConfig(
             zipf=options.zipf,
             history_median=options.history,
