@@ -192,8 +192,9 @@ class PagedAttention(_PagedLayer):
         metadata = step.metadata
         if metadata is None or step.slots is None:
             return torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        # Rows of padding stay as they are: nothing reads them but their own later layers.
-        out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        # Nobody writes the rows of a graph's padding, and the next layer makes keys and values of them, which a tile of
+        # the last request's candidates reaches into: weights of 0 would not keep a NaN of old memory out.
+        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         store_keys_values(k, v, self.kv_cache, step.slots)
         return paged_attention(
             q,

@@ -100,8 +100,11 @@ class Network:
             shape = HSTUBackend.get_kv_cache_shape(PAGES, BLOCK_SIZE, spec.num_kv_heads, spec.head_size)
             layer.kv_cache = torch.zeros(shape, dtype=spec.dtype)
 
-    def step(self, parts: list[tuple[User, int, int]]) -> torch.Tensor:
-        """Trunk outputs of a step: of each user the context tokens from one to another, at the end its candidates."""
+    def step(self, parts: list[tuple[User, int, int]], padding: int = 0) -> torch.Tensor:
+        """Trunk outputs of a step: of each user the context tokens from one to another, at the end its candidates.
+
+        ``padding`` rows of no request follow, as in a graph that is larger than the step.
+        """
         from vllm.forward_context import set_forward_context
 
         codec, rows, slots, starts = self.model.codec, [], [], [0]
@@ -112,13 +115,15 @@ class Network:
             rows.append(codec.encode(whole[begin:stop], seen[begin:stop], torch.float32))
             slots.append(torch.arange(begin, stop) + index * PAGES // len(parts) * BLOCK_SIZE)
             starts.append(starts[-1] + stop - begin)
+        rows.append(torch.zeros(padding, codec.width))
+        slots.append(torch.full((padding,), -1))
         pages = PAGES // len(parts)
         table = torch.stack([torch.arange(pages) + index * PAGES // len(parts) for index in range(len(parts))])
         metadata = StepMetadata(
-            starts[-1], torch.tensor(starts, dtype=torch.int32), table.to(torch.int32), torch.cat(slots)
+            starts[-1] + padding, torch.tensor(starts, dtype=torch.int32), table.to(torch.int32), torch.cat(slots)
         )
         with set_forward_context(dict.fromkeys(self.layers, metadata), self.vllm_config), torch.inference_mode():
-            positions = torch.zeros(starts[-1], dtype=torch.int64)
+            positions = torch.zeros(starts[-1] + padding, dtype=torch.int64)
             return self.model(None, positions, inputs_embeds=torch.cat(rows)).clone()
 
     def kv_bytes(self) -> int:
