@@ -237,13 +237,7 @@ def test_8_6_gets_a_retrieving_plan_all_the_same(
 def test_8_6_may_build_an_fp16_plan_of_the_fp32_graph(
     trt: Any, checkpoint: Path, tmp_path: Path, written_once: Callable[..., Manifest]
 ) -> None:
-    """A builder that refuses the typed graph, whatever is pinned."""
-
-    def refuses(config: Any) -> bool:
-        graph = onnx.load_model_from_string(trt.shared.graph).graph
-        return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
-
-    trt.shared.refuses = refuses
+    """And of the typed graph where its builder refuses that."""
     loaded = load_checkpoint(checkpoint)
     written_once(loaded, "mtgr_onnx_rank", tmp_path / "graph", "fp16", 0, False, OPSET_17)
     (tmp_path / "plan").mkdir()
@@ -251,8 +245,16 @@ def test_8_6_may_build_an_fp16_plan_of_the_fp32_graph(
     manifest = plans.build_plan(loaded, "mtgr_onnx_rank", tmp_path / "graph", plan)
     assert (manifest.precision, manifest.details["constraints"]) == ("fp16", "none")
     assert manifest.details["way"] == "16 bits anywhere, two profiles"
-    assert list(manifest.details["left"]) == ["two profiles"]
     assert manifest.parity["max_abs_error_of_pytorch"] > 0  # what fp16 is allowed, not fp32
+
+    def refuses(config: Any) -> bool:
+        graph = onnx.load_model_from_string(trt.shared.graph).graph
+        return all(tensor.data_type != onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+
+    trt.shared.refuses = refuses
+    manifest = plans.build_plan(loaded, "mtgr_onnx_rank", tmp_path / "graph", plan)
+    assert (manifest.precision, manifest.details["way"]) == ("fp16", "two profiles")
+    assert list(manifest.details["left"]) == ["16 bits anywhere, two profiles", "16 bits anywhere, one profile"]
 
 
 def test_rows_are_padded_to_buckets_and_cut_again(

@@ -168,7 +168,7 @@ def test_ways_ask_the_builder_for_less() -> None:
 
 
 def test_an_fp16_plan_may_be_built_of_the_graph_in_fp32() -> None:
-    typed, free = ways_to("rank", legacy=True, precision="fp16")[:2]
+    free, *_, typed, _ = ways_to("rank", legacy=True, precision="fp16")
     assert (typed.source("fp16"), free.source("fp16"), free.source("int8")) == ("fp16", "fp32", "int8")
     assert (typed.options(BuildOptions()).free, free.options(BuildOptions()).free) == (False, True)
     for precision in ("fp16", "int8"):
