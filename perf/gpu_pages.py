@@ -191,21 +191,22 @@ def check_pages(ceilings: Ceilings, is_small: bool, seed: int) -> Iterator[Figur
             yield figure
 
 
-def tiles(key: configs.LaunchKey) -> list[configs.LaunchConfig]:
+def tiles(key: configs.LaunchKey, trials: bool = False) -> list[configs.LaunchConfig]:
     """Configurations worth measuring here, with one split."""
     if capability_of(DEVICE) != 90:
         return configs.candidate_tiles(key)
-    return [*configs.candidate_tiles(key), *configs.specialised_tiles(key)]
+    return [*configs.candidate_tiles(key), *configs.specialised_tiles(key, trials)]
 
 
 def _is_checked(config: configs.LaunchConfig, case: Step) -> bool:
-    """Of one size of pages all ways of the specialised kernel, of the others the one that does everything."""
+    """Of one size of pages all ways of the specialised kernel, of the others one that does almost everything."""
     if config.variant == "pointers" or case.block_size == BLOCK_SIZE:
         return config.variant != "pointers"
-    return config.in_turn and config.overlaps
+    return config.by_head and config.overlaps
 
 
 def describe(config: configs.LaunchConfig) -> str:
     """A configuration in short."""
     ways = " in turn" * config.in_turn + " overlaps" * config.overlaps + " listed" * config.listed
+    ways += " by head" * config.by_head
     return f"{config.variant} {config.block_m}x{config.block_n}/{config.num_warps}/{config.num_stages}{ways}"

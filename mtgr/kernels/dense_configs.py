@@ -31,6 +31,8 @@ class DenseConfig:
         in_turn: Whether the warps of a specialised program multiply in turn.
         overlaps: Whether SiLU of one tile is held before the wait for the products of the last.
         packed: Whether a specialised program rounds weights to FP8 four at a time, as operands.
+        polynomial: Quarters of packed weights whose SiLU is a polynomial, which needs no special function unit.
+        ahead: Whether a specialised program reads what it must know of an item during the one before.
     """
 
     variant: Variant
@@ -41,6 +43,8 @@ class DenseConfig:
     in_turn: bool = False
     overlaps: bool = False
     packed: bool = False
+    polynomial: int = 0
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,17 @@ class DenseKey:
 # Found fastest by ``perf.gpu``, whose ``defaults.txt`` has these lines; FP16 takes what BF16 has.
 _FASTEST: dict[DenseKey, DenseConfig] = {
     DenseKey(64, torch.bfloat16, 90, 4096): DenseConfig("descriptors", 64, 64, 4, 3),
-    DenseKey(64, torch.bfloat16, 90, 16384): DenseConfig("descriptors", 128, 64, 8, 3),
+    DenseKey(64, torch.bfloat16, 90, 16384): DenseConfig("specialised", 192, 64, 4, 4, in_turn=True),
     DenseKey(64, torch.float8_e4m3fn, 90, 4096): DenseConfig("descriptors", 64, 64, 4, 3),
     DenseKey(64, torch.float8_e4m3fn, 90, 16384): DenseConfig("descriptors", 64, 64, 4, 3),
     DenseKey(128, torch.bfloat16, 90, 4096): DenseConfig("specialised", 128, 128, 4, 2, in_turn=True),
-    DenseKey(128, torch.bfloat16, 90, 16384): DenseConfig("specialised", 192, 64, 4, 4, in_turn=True),
+    DenseKey(128, torch.bfloat16, 90, 16384): DenseConfig("specialised", 128, 128, 4, 2, in_turn=True),
     DenseKey(128, torch.float8_e4m3fn, 90, 4096): DenseConfig("descriptors", 64, 64, 4, 3),
-    DenseKey(128, torch.float8_e4m3fn, 90, 16384): DenseConfig("descriptors", 64, 64, 4, 3),
+    DenseKey(128, torch.float8_e4m3fn, 90, 16384): DenseConfig("specialised", 192, 64, 4, 6, in_turn=True, packed=True),
     DenseKey(256, torch.bfloat16, 90, 4096): DenseConfig("specialised", 128, 64, 4, 2),
     DenseKey(256, torch.bfloat16, 90, 16384): DenseConfig("specialised", 128, 64, 4, 2),
-    DenseKey(256, torch.float8_e4m3fn, 90, 4096): DenseConfig("specialised", 128, 64, 4, 4, in_turn=True),
-    DenseKey(256, torch.float8_e4m3fn, 90, 16384): DenseConfig("specialised", 128, 64, 4, 4),
+    DenseKey(256, torch.float8_e4m3fn, 90, 4096): DenseConfig("specialised", 128, 64, 4, 4, overlaps=True, packed=True),
+    DenseKey(256, torch.float8_e4m3fn, 90, 16384): DenseConfig("specialised", 128, 64, 4, 4, packed=True),
 }
 
 _chosen: dict[DenseKey, DenseConfig] = {}
@@ -97,8 +101,11 @@ def remember(key: DenseKey, config: DenseConfig) -> None:
     _chosen[key] = config
 
 
-def candidates(key: DenseKey) -> list[DenseConfig]:
-    """Configurations worth measuring, the safest first; on chips of less shared memory some fail to launch."""
+def candidates(key: DenseKey, trials: bool = False) -> list[DenseConfig]:
+    """Configurations worth measuring, the safest first; on chips of less shared memory some fail to launch.
+
+    With ``trials`` also those that no GPU has run yet, for benchmarks that check what they time.
+    """
     head_size = key.head_size
     if key.dtype == torch.float32:
         size = 16 if head_size > 128 else 32
@@ -110,7 +117,8 @@ def candidates(key: DenseKey) -> list[DenseConfig]:
         return [DenseConfig("pointers", *tile) for tile in _older_tiles(head_size)]
     found = [DenseConfig("descriptors", *tile) for tile in _tiles(head_size, is_fp8)]
     if key.capability == 90 and head_size in SPECIALISED_SIZES:
-        found += _specialised(head_size, is_fp8)
+        ways = _specialised(head_size, is_fp8)
+        found += ways if trials else [way for way in ways if not (way.polynomial or way.ahead)]
     if not is_fp8 and head_size <= 128:
         found.append(DenseConfig("pointers", 128, 64, 8, 3))
     if key.length_class == LENGTH_CLASSES[0]:
@@ -143,34 +151,45 @@ def _older_tiles(head_size: int) -> list[tuple[int, int, int, int]]:
 def _tiles(head_size: int, is_fp8: bool) -> list[tuple[int, int, int, int]]:
     """For Hopper and later: block_m, block_n, num_warps, num_stages."""
     if head_size > 128:
-        return [(128, 64, 8, 3), (128, 128, 8, 2)] if is_fp8 else [(128, 64, 8, 2), (64, 64, 4, 2)]
-    if head_size > 64:
-        return [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)]
-    return [(128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2)]
+        return [(128, 64, 8, 3)] if is_fp8 else [(128, 64, 8, 2), (64, 64, 4, 2)]
+    return [(128, 64, 8, 3), (64, 64, 4, 3)]
 
 
 def _specialised(head_size: int, is_fp8: bool) -> list[DenseConfig]:
     """For Hopper alone."""
-    # FP8's scales are those of 128 tokens: a program of 192 queries needs tiles of 64 keys, which lie inside one.
     if is_fp8:
+        # Its scales are those of 128 tokens: a program of 192 queries needs tiles of 64 keys, which lie inside one.
         tiles = {
             64: [(128, 128, 4, 4), (192, 64, 4, 6)],
             128: [(128, 128, 4, 4), (192, 64, 4, 6)],
             256: [(128, 64, 4, 4), (128, 128, 4, 2)],
         }
-    else:
-        tiles = {
-            64: [(192, 128, 4, 2), (128, 128, 4, 4), (192, 64, 4, 4)],
-            128: [(128, 128, 4, 2), (192, 64, 4, 4)],
-            256: [(128, 64, 4, 2)],
-        }
-    ways = [(in_turn, overlaps) for overlaps in (False, True) for in_turn in (False, True)]
-    found = [
-        DenseConfig("specialised", *tile, in_turn=in_turn, overlaps=overlaps, packed=is_fp8)
+        # Below heads of 256 the special function unit takes as long as the tensor cores, or longer.
+        ways = [(False, False), (False, True)] if head_size == 256 else [(True, False), (False, True)]
+        if head_size == 256:
+            shares = [(0, False), (0, True), (2, True)]
+        else:
+            shares = [(0, False), (2, False), (1, True), (2, True), (3, True)]
+        return [
+            DenseConfig(
+                "specialised", *tile, in_turn=in_turn, overlaps=overlaps, packed=True, polynomial=share, ahead=ahead
+            )
+            for tile in tiles[head_size]
+            for share, ahead in shares
+            for in_turn, overlaps in ways
+        ]
+    tiles = {
+        64: [(128, 128, 4, 4), (192, 64, 4, 4)],
+        128: [(128, 128, 4, 2), (192, 64, 4, 4)],
+        256: [(128, 64, 4, 2)],
+    }
+    return [
+        DenseConfig("specialised", *tile, in_turn=in_turn, overlaps=overlaps, ahead=ahead)
         for tile in tiles[head_size]
-        for in_turn, overlaps in ways
+        for in_turn, overlaps, ahead in (
+            (False, False, False),
+            (True, False, False),
+            (False, True, False),
+            (head_size < 256, False, True),
+        )
     ]
-    if is_fp8:
-        first = tiles[head_size][0]
-        found += [DenseConfig("specialised", *first, in_turn=in_turn) for in_turn in (False, True)]
-    return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
-from mtgr.kernels import dense_configs
+from mtgr.kernels import configs, dense_configs
 from mtgr.kernels.launch import Launch
 from perf import gpu_attention, gpu_pages, gpu_variants
 from perf.gpu_measure import Ceilings
@@ -52,12 +53,24 @@ def test_what_is_right_is_timed() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_all_that_may_be_chosen_is_compared() -> None:
-    """But for plain loads, and ways to take turns that lost."""
+    """But for plain loads, and large tiles in warps that both copy and multiply."""
     size = Size(256, True, 0)
     tried = {way.config for way in size.ways if way.kind == "fp8"}
     key = dense_configs.DenseKey(256, torch.float8_e4m3fn, 90, 4096)
-    left_out = set(dense_configs.candidates(key)) - tried
-    assert {(config.in_turn, config.overlaps, config.block_n) for config in left_out} == {(False, False, 128)}
+    left_out = set(dense_configs.candidates(key, trials=True)) - tried
+    assert {(config.variant, config.block_m) for config in left_out} == {("descriptors", 128)}
+
+
+def test_what_no_gpu_has_run_is_not_served() -> None:
+    """Servers measure how fast a way is, not whether it is right."""
+    for size, dtype in itertools.product((64, 128, 256), (torch.bfloat16, torch.float8_e4m3fn)):
+        key = dense_configs.DenseKey(size, dtype, 90, 4096)
+        served = dense_configs.candidates(key)
+        assert set(served) < set(dense_configs.candidates(key, trials=True))
+        assert not any(config.polynomial or config.ahead for config in served)
+        pages = configs.LaunchKey(8, size, torch.bfloat16, 64, False, 4096)
+        assert not any(tile.by_head for tile in configs.specialised_tiles(pages))
+        assert any(tile.by_head for tile in configs.specialised_tiles(pages, trials=True))
 
 
 def test_without_a_gpu_nothing_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
