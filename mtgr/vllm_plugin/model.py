@@ -53,7 +53,11 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         check_ranks(self.ranks.size, model, "config.json")
         own = rank_config(model, self.ranks.size)
         is_fp8 = vllm_config.additional_config.get(QUANTIZATION) == "fp8"
-        self.network = (fp8_network if is_fp8 else MTGR)(own, schema, int(config.mtgr["num_features"])).eval()
+        num_features = int(config.mtgr["num_features"])
+        if is_fp8:
+            self.network = fp8_network(own, schema, num_features, is_whole=self.ranks.size == 1).eval()
+        else:
+            self.network = MTGR(own, schema, num_features).eval()
         self.attention = nn.ModuleList(
             PagedAttention(f"layers.{index}", own.num_heads, own.dqk, own.attention_norm_length, dtype)
             for index in range(own.num_layers)
@@ -228,19 +232,20 @@ def _block(
     """``HSTUBlock.forward`` with the keys of the context in the paged cache; float [T, d], the same on every rank."""
     norm, layer = block.input_norm, block.uvqk
     if isinstance(layer, FP8Linear):
-        rows = fp8_group_norm(x, types, norm.gain, norm.bias, norm.epsilon)
+        rows = fp8_group_norm(x, types, norm.gain, norm.bias, norm.epsilon, by_row=layer.by_row)
         u, v, q, k = layer(rows, is_silu=True).split(block.split, dim=-1)
     else:
         u, v, q, k = block.projected(_normalise(norm, x, types))
     q, k, v = (part.unflatten(-1, (block.num_heads, -1)) for part in (q, k, v))
     attended = attention(q, k, v, step, bias).flatten(1)
-    norm, is_fp8 = block.output_norm, isinstance(block.output, FP8Linear)
+    norm, last = block.output_norm, block.output
     if ranks.size > 1:
-        normalise = fp8_split_group_norm if is_fp8 else split_group_norm
+        normalise = fp8_split_group_norm if isinstance(last, FP8Linear) else split_group_norm
         gated = normalise(attended, types, norm.gain, norm.bias, norm.epsilon, u, ranks)
         return x + ranks.all_reduce(block.output(gated))
-    if is_fp8:
-        update: Tensor = block.output(fp8_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u))
+    if isinstance(last, FP8Linear):
+        rows = fp8_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u, by_row=last.by_row)
+        update: Tensor = last(rows)
         return x + update
     return block.update(x, gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u))
 
