@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,22 @@ GRAPH_S = 240.0  # one graph: to trace, save, and quantise it
 Job = tuple[str, Lengths, LastToken]
 
 
+def chosen(plans: Sequence[Wanted], names: Sequence[str] | None) -> list[Wanted]:
+    """Plans of these names; all without any.
+
+    Raises:
+        ConfigurationError: If there is no plan of a name.
+    """
+    known = {plan.name: plan for plan in plans}
+    for name in names or ():
+        if name not in known:
+            raise ConfigurationError(f"--plan {name}: there is no such plan; there are {', '.join(known)}.")
+    return [known[name] for name in names] if names else list(plans)
+
+
 def export_step(options: argparse.Namespace) -> int:
     """Write checkpoints, then graphs, a process each, and meanwhile cases and what PyTorch itself loses."""
-    plans = TINY_PLANS if options.dry_run else PLANS
+    plans = chosen(TINY_PLANS if options.dry_run else PLANS, options.plan)
     presets = dict.fromkeys(plan.preset for plan in plans)
     for name in presets:
         with replaced_directory(folder_of(options.work, name)) as staging:

@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--until", type=float, help="seconds since 1970 after which serve begins nothing more")
     parser.add_argument("--wait", type=Path, help="file that the step torch waits for before it takes times")
     parser.add_argument("--stub", type=Path, help="Triton's Python stub that has TensorRT, for the step serve")
+    parser.add_argument("--plan", action="append", help="of the step export: leave the others out; may be repeated")
     parser.add_argument("--only", help="of the step graph: which plan's")
     parser.add_argument("--lengths", choices=get_args(Lengths), help="of the step graph")
     parser.add_argument("--last", choices=get_args(LastToken), default="products", help="of the step graph")

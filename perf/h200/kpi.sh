@@ -18,9 +18,9 @@ cd "$(dirname "$0")/../.."
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 work=${WORK:-/dev/shm/mtgr-kpi} callers=${CALLERS:-2000}
 common=(--preset "${PRESET:-large}" --compiled "${COMPILED:-bf16}" --users "${USERS:-2000}" --history "${HISTORY:-2000}"
-  --candidates "${CANDIDATES:-512}" --kv-gib "${KV_GIB:-64}" --vllm in_process=true --door-instances "${FEATURES:-2}"
+  --candidates "${CANDIDATES:-256}" --kv-gib "${KV_GIB:-64}" --vllm in_process=true --door-instances "${FEATURES:-2}"
   --router-instances "${ROUTERS:-4}" --feature-cache-mib 512)
-sweep=(--concurrency 1,8,32,64 --rate-shares 0.8 --repeats 2 --seconds 3 --kpi-seconds 20) crowd=(--seconds 12)
+sweep=(--concurrency 1,32,128,256 --rate-shares "" --repeats 2 --seconds 3 --kpi-warm-seconds 20 --kpi-seconds 30) crowd=(--seconds 12)
 if [[ -n ${DRY:-} ]]; then
   callers=${CALLERS:-100}
   common=(--preset tiny --compiled fp32 --users 100 --history 64 --candidates 32 --vllm in_process=true --router-instances 2

@@ -3,6 +3,8 @@
 #
 #   bash perf/h200/tensorrt.sh OUT [SECONDS] [STEP...]
 #
+# PLANS="NAME NAME" leaves all other plans out (names: perf/tensorrt_entries.py).
+#
 # STEP is export, build, measure, serve or report; by default the first four, in one call. What a step leaves lies in
 # $WORK (/tmp/mtgr-tensorrt): a later call may do the steps that are missing, and builds the plans that are.
 #
@@ -37,7 +39,8 @@ serving=10
 if [[ " ${steps[*]} " == *" serve "* ]]; then serving=80; fi
 later=$((serving + 20))
 if [[ " ${steps[*]} " == *" measure "* ]]; then later=$((later + 90)); fi
-status=0
+status=0 chosen=()
+for name in ${PLANS:-}; do chosen+=(--plan "$name"); done
 gpu() { "$python" -m perf.tensorrt_gpu "$@" --work "$work" "${dry[@]}"; }
 say() { echo "== $(($(date +%s) - begin)) s: $*"; }
 keep() {
@@ -50,7 +53,7 @@ keep() {
 for name in "${steps[@]}"; do
   say "$name"
   case $name in
-    export) gpu export || status=1 ;;
+    export) gpu export "${chosen[@]}" || status=1 ;;
     build)
       # PyTorch is compiled while plans are built, and timed when the GPU is free again.
       rm -f "$work/built"

@@ -12,7 +12,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.tensorrt_ways import WAYS
+from mtgr.errors import ConfigurationError
 from perf.tensorrt_entries import PLANS, TINY_PLANS, graph_of
+from perf.tensorrt_export import chosen
 from perf.tensorrt_gpu import finite, kept
 from perf.tensorrt_measure import bound_of, error_of, in_parts, padded_to, sample
 from perf.tensorrt_plans import main, results
@@ -222,3 +224,13 @@ def test_a_graph_of_one_batch_takes_no_other() -> None:
     padded = padded_to(rows, {"context": (None, (2, 5))})
     assert padded is not None
     assert padded["context"].shape == (2, 5, WIDTH)
+
+
+def test_some_plans_may_be_left_out() -> None:
+    assert chosen(PLANS, None) == list(PLANS)
+    assert [plan.name for plan in chosen(PLANS, ["large-rank-fp16", "large-retrieve-int8"])] == [
+        "large-rank-fp16",
+        "large-retrieve-int8",
+    ]
+    with pytest.raises(ConfigurationError, match="large-rank-fp17: there is no such plan; there are large-rank-fp16"):
+        chosen(PLANS, ["large-rank-fp17"])
