@@ -13,7 +13,8 @@ from mtgr.errors import ConfigurationError, UnavailableError
 from perf.analyzer import Analyzer, StalledError, exact_at_rates, find_analyzer, read_profile
 from perf.measure import DIRECT, mean_batch, mismatches
 from perf.results_format import CacheRatios, ModelCounts, Point
-from perf.run import _turns, saturation, table, thread_counts, verdicts
+from perf.run import _turns, thread_counts
+from perf.verdicts import saturation, table, verdicts
 from perf.watch import Page, answered_by, cache_ratios, gpu_usage, model_counts, stage_means, triton_gpu
 from tests.unit.test_results_format import point, result
 
