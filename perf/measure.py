@@ -233,7 +233,7 @@ class Bench:
             models=model_counts(before, after),
             stages_ms=stage_means(before, after),
             cache=cache_ratios(before, after),
-            gpu=usage.gpu,
+            gpu=usage.gpu_under_load(client.seconds),
             server_memory_bytes=usage.memory_bytes,
             cpu_seconds=round(after.cpu_seconds - before.cpu_seconds, 3),
             client_lag_ms=client.lag_ms,

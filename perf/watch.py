@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -68,10 +69,22 @@ class Usage:
     Attributes:
         memory_bytes: Most resident memory at a time.
         gpu: None without one.
+        seconds: That they were watched.
     """
 
     memory_bytes: int = 0
     gpu: Gpu | None = None
+    seconds: float = 0.0
+
+    def gpu_under_load(self, seconds: float) -> Gpu | None:
+        """GPU figures with the use of the time under load alone, if the GPU had nothing to do in the rest of it.
+
+        perf_analyzer reads its requests for seconds before it sends the first.
+        """
+        if self.gpu is None or not 0 < seconds < self.seconds:
+            return self.gpu
+        use = min(1.0, self.gpu.utilization * self.seconds / seconds)
+        return dataclasses.replace(self.gpu, utilization=round(use, 4))
 
 
 def read_page(server: TritonServer) -> Page:
@@ -206,11 +219,12 @@ def watched(server: TritonServer) -> Iterator[Usage]:
 
     thread = threading.Thread(target=look, name="watch", daemon=True)
     thread.start()
-    before = read_page(server)
+    before, started = read_page(server), time.monotonic()
     try:
         with gpus:
             yield usage
     finally:
+        usage.seconds = time.monotonic() - started
         stop.set()
         thread.join()
         usage.gpu = gpus.usage() or triton_gpu(before, read_page(server))

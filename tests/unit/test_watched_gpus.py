@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from perf.watch import _GpuSamples
+from perf.results_format import Gpu
+from perf.watch import Usage, _GpuSamples
 
 DRIVER = """#!/bin/sh
 # As the driver's command: all GPUs, or those after -i.
@@ -46,3 +47,15 @@ def test_only_the_gpus_that_a_server_may_use(monkeypatch: pytest.MonkeyPatch) ->
     """Another server's GPU on the same machine says nothing of this one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert usage_of() == (0.9, 2000)
+
+
+def test_use_is_that_of_the_time_under_load() -> None:
+    """Three seconds of load within four that were watched: what the client read its requests in is no idleness."""
+    gpu = Gpu(0.6, 1, 2, 300.0, 1200.0)
+    usage = Usage(gpu=gpu, seconds=4.0)
+    found = usage.gpu_under_load(3.0)
+    assert found is not None
+    assert (found.utilization, found.power_watts, found.energy_joules) == (0.8, 300.0, 1200.0)
+    assert usage.gpu_under_load(1.0).utilization == 1.0
+    assert usage.gpu_under_load(5.0) == gpu == usage.gpu_under_load(0.0)
+    assert Usage(seconds=4.0).gpu_under_load(3.0) is None
