@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; see requirements/vllm
 from mtgr.errors import InvalidRequestError, UnavailableError
 from mtgr.features.context import boundary, context_rows
 from mtgr.schema import FIRST_COLUMN, FIRST_ID, SLOT_COLUMN, TokenType
+from mtgr.vllm_plugin.scheduler import PATIENCE_SECONDS
 from tests.engine.harness import BLOCK_SIZE, Int32Array, Served, start, stop
 from tests.unit.models import EPOCH, User, pad, random_user
 
@@ -203,17 +205,22 @@ def test_a_cached_request_overtakes_those_that_are_not(served: Served) -> None:
     generator = np.random.default_rng(11)
     known = random_user(served.schema, generator, history=90, realtime=5, candidates=4)
     served.rank(known.context, known.candidates)
-    crowd = [random_user(served.schema, generator, history=200, realtime=90, candidates=300) for _ in range(10)]
     order: list[int] = []
 
     async def ask(index: int, user: User) -> None:
         await served.engine.rank(user.context, user.candidates)
         order.append(index)
 
-    async def together() -> None:
-        await asyncio.gather(*(ask(index, user) for index, user in enumerate([*crowd, known])))
+    async def together(users: list[User]) -> None:
+        await asyncio.gather(*(ask(index, user) for index, user in enumerate(users)))
 
-    served.run(together())
+    for _ in range(5):
+        order.clear()
+        crowd = [random_user(served.schema, generator, history=200, realtime=90, candidates=300) for _ in range(10)]
+        begin = time.monotonic()
+        served.run(together([*crowd, known]))
+        if time.monotonic() - begin < PATIENCE_SECONDS:
+            break  # else the machine stood still, and nobody overtakes those who have waited so long
     assert sorted(order) == list(range(11))
     assert order.index(10) <= 5
 
