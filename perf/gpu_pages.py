@@ -202,7 +202,7 @@ def _is_checked(config: configs.LaunchConfig, case: Step) -> bool:
     """Of one size of pages all ways of the specialised kernel, of the others one that does almost everything."""
     if config.variant == "pointers" or case.block_size == BLOCK_SIZE:
         return config.variant != "pointers"
-    return config.by_head and config.overlaps
+    return config.listed and config.overlaps
 
 
 def describe(config: configs.LaunchConfig) -> str:

@@ -76,3 +76,12 @@ def test_what_no_gpu_has_run_is_not_served() -> None:
 def test_without_a_gpu_nothing_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_variants.main(["--small"]) == 0
     assert capsys.readouterr().out.count("need a GPU") == 3
+
+
+def test_pages_of_every_size_are_checked_in_a_way_that_is_served() -> None:
+    for block_size in (16, 64, 128):
+        case = gpu_pages.Step(64, block_size, torch.bfloat16, 20, 0)
+        served = configs.specialised_tiles(case.key)
+        checked = [tile for tile in served if gpu_pages._is_checked(tile, case)]
+        assert checked
+        assert block_size != gpu_pages.BLOCK_SIZE or checked == served
