@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from mtgr.checkpoint import load_checkpoint
 from mtgr.engines.checks import check_batch, check_order
-from mtgr.engines.compiled_graphs import DEPTH, BucketGraphs, Shape
+from mtgr.engines.compiled_graphs import BucketGraphs, Shape
 from mtgr.engines.compiled_network import CompiledNetwork, CompiledPrecision
 from mtgr.engines.pending import Arrays, Done, Pending
 from mtgr.engines.rows import RowChecker
@@ -38,20 +38,23 @@ def require_gpu(precision: CompiledPrecision, device: str) -> None:
         )
 
 
+def _contexts(max_context: int) -> list[int]:
+    """Padded lengths of contexts, the longest first."""
+    longest = bucket(max_context, CONTEXT_BUCKETS)
+    return sorted((one for one in CONTEXT_BUCKETS if one <= longest), reverse=True)
+
+
 def frequent_shapes(max_context: int) -> Iterator[tuple[Operation, int, int, int]]:
     """What a busy server meets, most frequent first: batches of every size that the router makes by default."""
-    longest = bucket(max_context, CONTEXT_BUCKETS)
-    contexts = sorted((one for one in CONTEXT_BUCKETS if one <= longest), reverse=True)
     for batch in (1, 8, 4, 2, 6, 5, 3):
         for candidates in (256, 512, 1024, 128, 64, 16):
-            for context in contexts:
+            for context in _contexts(max_context):
                 yield "rank", batch, context, candidates
 
 
 def usual_shapes(max_context: int) -> list[tuple[Operation, int, int, int]]:
     """What a server meets first, for ``CompiledEngine.warm_up``: lone and merged requests of every context bucket."""
-    longest = bucket(max_context, CONTEXT_BUCKETS)
-    contexts = sorted((one for one in CONTEXT_BUCKETS if one <= longest), reverse=True)
+    contexts = _contexts(max_context)
     ranked: list[tuple[Operation, int, int, int]] = [("rank", batch, n, 256) for n in contexts for batch in (8, 1)]
     return [*ranked, *(("retrieve", 1, n, 0) for n in contexts)]
 
@@ -92,7 +95,6 @@ class CompiledEngine:
             else None
         )
         self._lock = Lock()
-        self._under_way = BoundedSemaphore(DEPTH)
 
     def warm_up(
         self,
@@ -138,19 +140,14 @@ class CompiledEngine:
     def submit(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Pending:
         """Hand a batch over: on a GPU it is computed behind those ahead of it, while the caller goes on.
 
-        Waits where ``DEPTH`` batches are not answered. Arguments and errors are those of ``infer``.
+        Waits where two batches are not answered. Arguments and errors are those of ``infer``.
         """
         check_batch(inputs, self._checker)
         check_order(inputs, self.network.model.config.max_positions)
         if self._graphs is None:
             return Done(self._computed(inputs))
-        self._under_way.acquire()
-        try:
-            with self._lock:
-                return _Counted(self._graphs.launch(inputs), self._under_way)
-        except BaseException:
-            self._under_way.release()
-            raise
+        with self._lock:
+            return self._graphs.launch(inputs)
 
     def _computed(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         context = _tensor(inputs["context"])
@@ -158,21 +155,6 @@ class CompiledEngine:
             return {"task_scores": self.network.rank(context, _tensor(inputs["candidates"])).numpy()}
         items, scores = self.network.retrieve(context)
         return {"items": items.numpy(), "scores": scores.numpy()}
-
-
-class _Counted:
-    """A batch of the GPU, counted until it is waited for."""
-
-    ready = False
-
-    def __init__(self, replay: Pending, under_way: BoundedSemaphore) -> None:
-        self._replay, self._under_way = replay, under_way
-
-    def wait(self) -> Arrays:
-        try:
-            return self._replay.wait()
-        finally:
-            self._under_way.release()
 
 
 def _tensor(rows: npt.NDArray[Any]) -> torch.Tensor:

@@ -7,8 +7,9 @@ computes, in the order in which they came.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -109,24 +110,16 @@ class _Captured:
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = run()
         self.host = [[torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in self.outputs] for _ in range(DEPTH)]
-        self.free: SimpleQueue[int] = SimpleQueue()
-        for piece in range(DEPTH):
-            self.free.put(piece)
 
-    def launch(self, context: npt.NDArray[Any], candidates: npt.NDArray[Any] | None) -> Replay:
-        """Queue a batch behind those that the GPU has; waits where ``DEPTH`` batches of this shape are not answered."""
-        piece = self.free.get()
-        try:
-            self.staging.fill(context, candidates, piece)
-            self.graph.replay()
-            for target, output in zip(self.host[piece], self.outputs, strict=True):
-                target.copy_(output, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-        except BaseException:
-            self.free.put(piece)
-            raise
-        return Replay(self, piece, done, len(context), None if candidates is None else candidates.shape[1])
+    def launch(self, context: npt.NDArray[Any], candidates: npt.NDArray[Any] | None, piece: int) -> torch.cuda.Event:
+        """Queue a batch behind those that the GPU has, through a piece of the host; the event says that it is done."""
+        self.staging.fill(context, candidates, piece)
+        self.graph.replay()
+        for target, output in zip(self.host[piece], self.outputs, strict=True):
+            target.copy_(output, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return done
 
 
 class Replay:
@@ -135,21 +128,26 @@ class Replay:
     ready = False
 
     def __init__(
-        self, captured: _Captured, piece: int, done: torch.cuda.Event, users: int, candidates: int | None
+        self,
+        host: list[Tensor],
+        done: torch.cuda.Event,
+        users: int,
+        candidates: int | None,
+        answered: Callable[[], object],
     ) -> None:
-        self._captured, self._piece, self._done = captured, piece, done
+        self._host, self._done, self._answered = host, done, answered
         self._users, self._candidates = users, candidates
 
     def wait(self) -> Arrays:
         """Outputs by name, as ``CompiledEngine.infer`` gives them, in memory of their own."""
         try:
             self._done.synchronize()
-            outputs = [target.numpy()[: self._users] for target in self._captured.host[self._piece]]
+            outputs = [target.numpy()[: self._users] for target in self._host]
             if self._candidates is None:
                 return {name: array.copy() for name, array in zip(("items", "scores"), outputs, strict=True)}
             return {"task_scores": outputs[0][:, : self._candidates].copy()}
         finally:
-            self._captured.free.put(self._piece)
+            self._answered()
 
 
 class BucketGraphs:
@@ -167,28 +165,40 @@ class BucketGraphs:
         self._graphs: OrderedDict[Shape, _Captured] = OrderedDict()
         # Graphs run one after the other and their outputs are copied in the same order: all may use one memory.
         self._pool = torch.cuda.graph_pool_handle()
+        # Pieces of every graph's host memory that no batch has: a batch takes one, whatever its graph.
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for piece in range(DEPTH):
+            self._free.put(piece)
 
     def captured(self, shape: Shape) -> _Captured:
         """The graph of a shape."""
         found = self._graphs.get(shape)
         if found is None:
-            while len(self._graphs) >= self._limit:
-                self._graphs.popitem(last=False)
             with torch.cuda.device(self._device):
-                torch.cuda.current_stream().synchronize()  # a graph that was dropped may still run
+                torch.cuda.current_stream().synchronize()  # the graph that is dropped may still run
+                while len(self._graphs) >= self._limit:
+                    self._graphs.popitem(last=False)
                 found = _Captured(self._network, shape, self._width, self._device, self._pool)
             self._graphs[shape] = found
         self._graphs.move_to_end(shape)
         return found
 
     def launch(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Replay:
-        """Queue a batch."""
+        """Queue a batch; waits where ``DEPTH`` batches are not answered."""
         context, candidates = inputs["context"], inputs.get("candidates")
         operation = "retrieve" if candidates is None else "rank"
         count = 0 if candidates is None else candidates.shape[1]
         shape = Shape.of(operation, len(context), context.shape[1], count)
-        with torch.cuda.device(self._device):
-            return self.captured(shape).launch(context, candidates)
+        piece = self._free.get()
+        try:
+            with torch.cuda.device(self._device):
+                captured = self.captured(shape)
+                done = captured.launch(context, candidates, piece)
+        except BaseException:
+            self._free.put(piece)
+            raise
+        users, wanted = len(context), None if candidates is None else count
+        return Replay(captured.host[piece], done, users, wanted, partial(self._free.put, piece))
 
 
 def _parts(rows: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from export.requests import real_requests
 from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.compiled import CompiledEngine, frequent_shapes
-from mtgr.engines.compiled_graphs import Shape, Staging
+from mtgr.engines.compiled_graphs import DEPTH, BucketGraphs, Shape, Staging
 from mtgr.engines.compiled_network import CompiledNetwork, CompiledPrecision
 from mtgr.errors import ConfigurationError, InvalidRequestError
 from mtgr.model import MTGR
@@ -306,6 +309,53 @@ def test_what_a_busy_server_meets_is_captured_at_the_start() -> None:
     for users_count, context, candidates in itertools.product(range(1, 9), (3, 700, 2000), (1, 200, 1024)):
         assert Shape.of("rank", users_count, context, candidates) in captured
     assert all(context <= 256 for _, _, context, _ in frequent_shapes(200))
+
+
+class Finished:
+    """Stands for an event of a GPU."""
+
+    def synchronize(self) -> None: ...
+
+
+class Captured:
+    """Stands for a graph: its answer is the batch's first slots, in the piece of memory that it was given."""
+
+    def __init__(self, shape: Shape) -> None:
+        assert shape.candidates is not None
+        self.host = [[torch.zeros(shape.batch, shape.candidates)] for _ in range(DEPTH)]
+
+    def launch(self, context: np.ndarray, candidates: np.ndarray, piece: int) -> Finished:
+        users, count = candidates.shape[:2]
+        self.host[piece][0][:users, :count] = torch.from_numpy(candidates[..., SLOT_COLUMN].astype(np.float32))
+        return Finished()
+
+
+def test_batches_under_way_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as may be, of one graph or of several; the next waits until somebody was answered, or has failed."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    graphs = BucketGraphs(CompiledNetwork(model_of()), SCHEMA.width, torch.device("cpu"), 8)
+    captured: dict[Shape, Captured] = {}
+    monkeypatch.setattr(graphs, "captured", lambda shape: captured.setdefault(shape, Captured(shape)))
+
+    def rows(count: int, value: int) -> dict[str, np.ndarray]:
+        return {name: np.full((1, count, SCHEMA.width), value) for name in ("context", "candidates")}
+
+    for sizes in ((16, 16), (16, 64)):
+        pending = [graphs.launch(rows(size, value)) for value, size in enumerate(sizes, start=1)]
+        with ThreadPoolExecutor(1) as threads:
+            third = threads.submit(graphs.launch, rows(16, 3))
+            with pytest.raises(TimeoutError):
+                third.result(timeout=0.1)
+            answers = [pending[1].wait()]
+            answers += [third.result(timeout=5).wait(), pending[0].wait()]
+        for answer, value, size in zip(answers, (2, 3, 1), (sizes[1], 16, sizes[0]), strict=True):
+            assert answer["task_scores"].shape == (1, size)
+            assert (answer["task_scores"] == value).all()
+    monkeypatch.setattr(Captured, "launch", mock.Mock(side_effect=RuntimeError("out of memory")))
+    for _ in range(DEPTH + 1):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            graphs.launch(rows(16, 1))
 
 
 def test_a_batch_is_one_copy() -> None:

@@ -1,8 +1,7 @@
 """Triton adapter of the PyTorch engines; the logic is in ``mtgr.engines.baseline`` and ``mtgr.engines.compiled``."""
 
+import functools
 import json
-import queue
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from mtgr.collector import settle
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.compiled import CompiledEngine, frequent_shapes, require_gpu, usual_shapes
 from mtgr.errors import InvalidRequestError
+from mtgr.routing.outbox import Outbox
 
 INPUTS = ("context", "candidates")
 CAPTURE_SECONDS = 30  # of the start; what is not captured then is when it is first asked for
@@ -40,9 +40,7 @@ class TritonPythonModel:
             self.engine = BaselineEngine(checkpoint, device)
 
         settle()
-        self.under_way = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._answer_all, name="answers", daemon=True)
-        self.thread.start()
+        self.outbox = Outbox(lambda error: pb_utils.Logger.log_error(f"baseline: an answer was not sent: {error}"))
 
     def execute(self, requests):
         """Hand the requests over and return: answers are sent while the next batch is computed."""
@@ -64,8 +62,7 @@ class TritonPythonModel:
 
     def finalize(self):
         """Let batches under way end."""
-        self.under_way.put(None)
-        self.thread.join()
+        self.outbox.stop()
 
     def _serve(self, members):
         batch = [tensors for _, tensors in members]
@@ -85,14 +82,8 @@ class TritonPythonModel:
             _fail(members, error)
         else:
             members = [(sender, len(tensors["context"])) for sender, tensors in members]
-            if pending.ready:
-                _answer(pending, members)
-            else:
-                self.under_way.put((pending, members))
-
-    def _answer_all(self):
-        while (batch := self.under_way.get()) is not None:
-            _answer(*batch)
+            # What the GPU computes is waited for where answers are sent.
+            self.outbox.put(functools.partial(_answer, pending, members), at_once=pending.ready)
 
 
 def _answer(pending, members):
