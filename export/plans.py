@@ -152,8 +152,8 @@ def build_checked_plan(
     Raises:
         ConfigurationError: If it cannot be built here, or is not close enough.
     """
-    precision = precision or Manifest.load(graph).precision  # type: ignore[assignment]
-    assert precision is not None
+    own: Precision = Manifest.load(graph).precision  # type: ignore[assignment]
+    precision = precision or own
     options = way.options(BuildOptions(max_context=checkpoint.schema.max_context))
     manifest = build_tensorrt_engine(graph / "model.onnx", plan, precision, options)
     requests = sampled_requests(checkpoint, precision, seed).held_out

@@ -66,12 +66,12 @@ def allow_precision(trt: Any, config: Any, network: Any, precision: str, free: b
         return "none"  # the parser has told nothing, and all would be pinned
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     # A conversion is told by its two types, and a constant or a shape by what uses it.
-    free = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
+    typeless = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
     for layer in _layers(network):
         outputs = [types[tensor.name] for tensor in _outputs(layer)]
         inputs = [types.get(tensor.name, tensor.dtype) for tensor in _inputs(layer)]
         wide = [place for place, kind in enumerate(outputs) if kind == trt.float32]
-        if layer.type in free or not wide or trt.float16 in (*outputs, *inputs):
+        if layer.type in typeless or not wide or trt.float16 in (*outputs, *inputs):
             continue
         layer.precision = trt.float32
         for place in wide:

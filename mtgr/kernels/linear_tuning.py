@@ -152,7 +152,7 @@ def fp8_by_row(rows: int, weight: Tensor) -> bool:
     way = choose(LinearKey.of(rows, weight))
     if way is not None:
         return way.kind == "library"
-    return rows >= _LIBRARY_ROWS and capability_of(weight.device) == 90 and has_library_fp8(weight)
+    return rows >= _LIBRARY_ROWS and library_serves_fp8(weight.shape[0], weight.device)
 
 
 def library_serves_fp8(outputs: int, device: torch.device) -> bool:
@@ -160,12 +160,16 @@ def library_serves_fp8(outputs: int, device: torch.device) -> bool:
 
     That is on Hopper, where PyTorch's product of them took half the time of tiles with scales by block.
     """
-    return outputs % 16 == 0 and capability_of(device) == 90 and _has_scaled_product(device)
+    return capability_of(device) == 90 and _multiplies(outputs, device)
 
 
 def has_library_fp8(weight: Tensor) -> bool:
     """Whether PyTorch multiplies FP8 operands with scales by row here, for a weight [N, K']; not while capturing."""
-    return weight.shape[0] % 16 == 0 and _has_scaled_product(weight.device)
+    return _multiplies(weight.shape[0], weight.device)
+
+
+def _multiplies(outputs: int, device: torch.device) -> bool:
+    return outputs % 16 == 0 and _has_scaled_product(device)
 
 
 @cache
