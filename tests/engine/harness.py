@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,3 +109,20 @@ def stop(served: Served, thread: threading.Thread) -> None:
     served.engine.shutdown()
     served.loop.call_soon_threadsafe(served.loop.stop)
     thread.join()
+
+
+def prepare_process() -> None:
+    """Of a process that has the plugin's model without an engine: vLLM's settings, and the plugin."""
+    from mtgr.vllm_plugin import register
+
+    os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    torch.set_num_threads(1)
+    register()
+
+
+def in_a_process(work: Callable[[Path], None], directory: Path) -> None:
+    """Run a function of a module in a process of its own, which keeps what it does to vLLM."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(directory,), daemon=True)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0

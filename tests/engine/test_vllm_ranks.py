@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -23,11 +22,10 @@ from mtgr.config import ModelConfig
 from mtgr.engines.vllm_rows import _engine_arguments
 from mtgr.engines.vllm_settings import VLLMSettings, kv_token_bytes
 from mtgr.model import MTGR
-from mtgr.vllm_plugin import register
 from mtgr.vllm_plugin.parallel import Ranks
 from mtgr.vllm_plugin.rows import visible_lengths
 from mtgr.vllm_plugin.step import StepMetadata
-from tests.engine.harness import BLOCK_SIZE, Float32Array, write_engine
+from tests.engine.harness import BLOCK_SIZE, Float32Array, prepare_process, write_engine
 from tests.unit.models import User, random_user, small_catalog, small_config, small_schema, spread_model
 
 RANKS = (2, 3, 4)
@@ -141,9 +139,7 @@ def work(rank: int, directory: Path) -> None:
     """A process: for every number of ranks that it is one of, all cases; the first rank keeps the answers."""
     from torch import distributed
 
-    os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-    torch.set_num_threads(1)
-    register()
+    prepare_process()
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{directory / 'store'}",
