@@ -14,8 +14,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import functools
 import gzip
+import itertools
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -58,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="may be repeated")
     parser.add_argument("--preset", action="append", choices=preset_names(), help="of parity and crossover")
-    parser.add_argument("--context", type=int, action="append", help="tokens, of crossover")
+    parser.add_argument("--context", type=int, action="append", help="tokens, of crossover and overhead")
     parser.add_argument("--kv-gib", type=int, help="memory of the cache, where engines share a GPU; all by default")
     parser.add_argument("--dtype", default=WIDE, help="precision; fp8 is FP8 in the blocks' products")
     parser.add_argument("--in-process", action="store_true", help="engines in threads of this process")
@@ -66,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=2000, help="of throughput")
     parser.add_argument("--concurrency", type=int, default=256, help="of throughput")
     parser.add_argument("--seconds", type=float, default=20.0, help="of throughput")
+    parser.add_argument("--traces", type=Path, help="folder that takes the profiler's traces, of overhead")
     parser.add_argument("--start-when", type=Path, metavar="FILE", help="measure when this file is there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
@@ -159,25 +163,35 @@ async def crossover(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return {"preset": name, "dtype": options.dtype, "graphs": not options.eager, "table": table}
 
 
-async def overhead(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """What the engine adds to a cached request beyond the GPU's work, which vLLM's profiler tells."""
+async def overhead(options: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """What the engine adds to cached and to first requests beyond the GPU's work, which vLLM's profiler tells."""
+    name, _ = variant.rsplit("-", 1)
     model = checkpoint(name, options.seed, wide(options.dtype))
-    user = rows(model, 1024, CANDIDATES, options.seed)
-    samples: list[float] = []
+    (context,) = options.context or [1024]
+    users = (rows(model, context, CANDIDATES, options.seed + index) for index in itertools.count())
+    first = next(users)
+    table = {}
     async with Engine(model, options, options.dtype, profiled=True) as engine:
         engine.take_turn()
-        for _ in range(60):
-            samples.append(1e3 * await _timed(lambda: engine.rank(*user)))
-        await engine.engine.profile(True)
-        for _ in range(PROFILED):
-            await engine.rank(*user)
-        await engine.engine.profile(False)
-        busy = engine.busy()
-    median, gpu = statistics.median(samples[10:]), sum(busy.values())
-    print(f"   {name}: p50 {median:.2f} ms, GPU busy {gpu:.2f} ms, the engine adds {median - gpu:.2f} ms", flush=True)
-    for kernel, milliseconds in sorted(busy.items(), key=lambda item: -item[1])[:12]:
-        print(f"      {milliseconds:7.3f} ms  {kernel[:100]}", flush=True)
-    return {"preset": name, "dtype": options.dtype, "milliseconds": samples, "p50": median, "gpu_milliseconds": busy}
+        for state, asked in (("cached", itertools.repeat(first)), ("cold", users)):
+            samples = [
+                1e3 * await _timed(functools.partial(engine.rank, *user)) for user in itertools.islice(asked, 60)
+            ]
+            await engine.engine.profile(True)
+            for user in itertools.islice(asked, PROFILED):
+                await engine.rank(*user)
+            await engine.engine.profile(False)
+            busy = engine.busy()
+            median, gpu = statistics.median(samples[10:]), sum(busy.values())
+            print(
+                f"   {name} {context}+{CANDIDATES}, {state}: p50 {median:.2f} ms, GPU busy {gpu:.2f} ms, "
+                f"the engine adds {median - gpu:.2f} ms",
+                flush=True,
+            )
+            for kernel, milliseconds in sorted(busy.items(), key=lambda item: -item[1])[:12]:
+                print(f"      {milliseconds:7.3f} ms  {kernel[:100]}", flush=True)
+            table[state] = {"milliseconds": samples, "p50": median, "gpu_milliseconds": busy}
+    return {"preset": name, "dtype": options.dtype, "context": context, "table": table}
 
 
 async def throughput(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -229,7 +243,10 @@ SECTIONS: dict[str, tuple[Callable[..., Awaitable[Any]], Callable[[argparse.Name
             for dtype in (["fp8"] if options.dtype == "fp8" else DTYPES)
         ],
     ),
-    "overhead": (overhead, lambda options: options.preset or ["large"]),
+    "overhead": (
+        overhead,
+        lambda options: [f"{name}-{options.dtype}" for name in options.preset or ["large"]],
+    ),
     "throughput": (throughput, lambda options: options.preset or ["xlarge"]),
     "crossover": (crossover, lambda options: options.preset or [name for name in preset_names() if name != "tiny"]),
 }
@@ -264,6 +281,7 @@ class Engine:
         self._folder = Path(self._temporary.name) / "model"
         self._traces = Path(self._temporary.name) / "traces"
         self._profiled = profiled
+        self._keep: Path | None = options.traces
         self._start_when: Path | None = options.start_when
         write_folder(model, self._folder / settings.model)
         settings.save(self._folder / SETTINGS_FILE)
@@ -298,8 +316,10 @@ class Engine:
         return await self.engine.rank(context, candidates, 120.0)
 
     def busy(self) -> dict[str, float]:
-        """Milliseconds of the GPU by kernel or copy, of each of the ``PROFILED`` requests."""
-        (trace,) = self._traces.rglob("*.json.gz")
+        """Milliseconds of the GPU by kernel or copy, of each of the ``PROFILED`` requests profiled last."""
+        trace = max(self._traces.rglob("*.json.gz"), key=lambda path: path.stat().st_mtime_ns)
+        if self._keep is not None:
+            shutil.copy(trace, self._keep)
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
         total: dict[str, float] = {}
         for event in events:
