@@ -38,7 +38,7 @@ class BaselineEngine:
         except (RuntimeError, AssertionError) as error:
             raise ConfigurationError(f"the model cannot be placed on {device}: {error}") from error
         if isinstance(self.model, MTGR):
-            self.model.keep_catalogue()
+            self.model.keep_constants()
 
     def infer(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Run one batch.

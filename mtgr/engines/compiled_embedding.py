@@ -42,7 +42,9 @@ class MergedEmbedding:
                 starts[name] = start
                 start += table.numel() // width
             self.table = torch.cat([table.reshape(-1, width) for table in tables.values()])
-            self.profile = embedding.profile_mlp(embedding.profile_table.weight)
+        embedding.keep_profiles()
+        assert embedding.profiles is not None
+        self.profile = embedding.profiles
         sizes = {name: table.shape[1] // width for name, table in tables.items()}
         self.events = _pieces(embedding.event_columns, starts, sizes, device)
         self.candidates = _pieces(embedding.candidate_columns, starts, sizes, device)

@@ -147,7 +147,7 @@ class CompiledNetwork:
             )
         self.precision, self.dtype = precision, _DTYPES[precision]
         self.model = _converted(model, self.dtype).to(device).eval().requires_grad_(False)
-        self.model.keep_catalogue()
+        self.model.keep_constants()
         self.embed = MergedEmbedding(self.model.embedding)
         config = self.model.config
         self.is_causal = config.static_attention == "causal"

@@ -176,7 +176,9 @@ def _multiplies(outputs: int, device: torch.device) -> bool:
 def _has_scaled_product(device: torch.device) -> bool:
     if capability_of(device) < 89:
         return False
-    ones, scales = torch.ones(16, 128, device=device).to(torch.float8_e4m3fn), torch.ones(16, 1, device=device)
+    # FP32 whatever the default is: vLLM makes models with that of the model's precision, and scales are FP32.
+    ones = torch.ones(16, 128, dtype=torch.float32, device=device).to(torch.float8_e4m3fn)
+    scales = torch.ones(16, 1, dtype=torch.float32, device=device)
     try:
         library_fp8(ones, ones, scales, scales, scales[:, 0], False, torch.float16)
     except RuntimeError:  # of a PyTorch or a GPU without it

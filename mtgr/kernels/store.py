@@ -1,4 +1,4 @@
-"""Write what a step computed of its context tokens into the paged caches."""
+"""Write what a step computed of its context tokens into the paged caches, and what nobody computes into its outputs."""
 
 from __future__ import annotations
 
@@ -48,6 +48,23 @@ def store_times(times: Tensor, cache: Tensor, slots: Tensor) -> None:
         return
     kept, blocks, offsets = _kept(slots, cache.shape[1])
     cache[blocks, offsets] = times[kept]
+
+
+def clear_padding(rows: Tensor, query_start: Tensor) -> None:
+    """Zero the rows behind a step's last request.
+
+    Args:
+        rows: Float [T, ...], contiguous, changed in place.
+        query_start: INT32 [R + 1], contiguous, the last being the number of rows that are left as they are.
+    """
+    if rows.shape[0] == 0:
+        return
+    if use_triton(rows):
+        from mtgr.kernels.triton_store import clear_padding_launch
+
+        clear_padding_launch(rows, query_start).run()
+        return
+    rows[int(query_start[-1]) :] = 0
 
 
 def _kept(slots: Tensor, block_size: int) -> tuple[Tensor | slice, Tensor, Tensor]:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped, no-any-return"
-"""Scatter keys, values and times of a step into their caches, in Triton's language."""
+"""Scatter keys, values and times of a step into their caches, and clear its padding, in Triton's language."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mtgr.kernels.launch import Launch
 
 _PROGRAM_ELEMENTS = 2048
 _TIMES_PER_PROGRAM = 256
+_ELEMENTS_AT_ONCE = 1024
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -68,6 +69,18 @@ def store_times_kernel(
     tl.store(cache + slot // block_size * stride_block + slot % block_size * stride_slot, value, mask=kept)
 
 
+@triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["query_start"])
+def clear_padding_kernel(rows, query_start, num_requests, width, block: tl.constexpr):
+    """Zero one row, if it is padding."""
+    row = tl.program_id(0)
+    if row < tl.load(query_start + num_requests):
+        return
+    first = rows + row.to(tl.int64) * width
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        tl.store(first + columns, tl.zeros([block], rows.dtype.element_ty), mask=columns < width)
+
+
 def store_keys_values_launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Launch:
     """The launch of ``mtgr.kernels.store.store_keys_values``, for at least one token."""
     num_tokens, num_heads, head_size = k.shape
@@ -108,4 +121,14 @@ def store_times_launch(times: Tensor, cache: Tensor, slots: Tensor) -> Launch:
         grid=(triton.cdiv(num_tokens, _TIMES_PER_PROGRAM),),
         arguments=(times, cache, slots, num_tokens, times.stride(0), cache.stride(0), cache.stride(1)),
         options={"block_size": cache.shape[1], "block_tokens": _TIMES_PER_PROGRAM, "num_warps": 4},
+    )
+
+
+def clear_padding_launch(rows: Tensor, query_start: Tensor) -> Launch:
+    """The launch of ``mtgr.kernels.store.clear_padding``, for at least one row."""
+    return Launch(
+        kernel=clear_padding_kernel,
+        grid=(rows.shape[0],),
+        arguments=(rows, query_start, query_start.shape[0] - 1, rows[0].numel()),
+        options={"block": _ELEMENTS_AT_ONCE, "num_warps": 4},
     )

@@ -44,8 +44,11 @@ class TokenEmbedding(nn.Module):
     Columns of the same name share one table.
     """
 
+    profiles: Tensor | None
+
     def __init__(self, config: ModelConfig, schema: Schema, num_features: int) -> None:
         super().__init__()
+        self.register_buffer("profiles", None, persistent=False)
         self.event_columns = _embedded(schema.event_columns)
         self.candidate_columns = _embedded(schema.candidate_columns)
         self.item = ItemEmbedding(schema.num_items, num_features, config.item_dim, config.modalities)
@@ -78,11 +81,20 @@ class TokenEmbedding(nn.Module):
         is_profile = rows[..., TYPE_COLUMN] == TokenType.PROFILE
         first = rows[..., FIRST_COLUMN]
         # The first column names a profile value or an item; each table is asked for id 0 where it does not apply.
-        profile = self.profile_mlp(self.profile_table(torch.where(is_profile, first, 0)))
+        values = torch.where(is_profile, first, 0)
+        if self.profiles is None:
+            profile = self.profile_mlp(self.profile_table(values))
+        else:
+            profile = F.embedding(values, self.profiles)
         events = self._concatenate(torch.where(is_profile, 0, first), rows, self.event_columns)
         x = torch.where(is_profile.unsqueeze(-1), profile, self.event_mlp(events))
         embedded: Tensor = self.dropout(x + self.position_table(rows[..., SLOT_COLUMN]))
         return embedded
+
+    def keep_profiles(self) -> None:
+        """Put every profile value through its MLP once instead of every token's; weights must not change any more."""
+        with torch.no_grad():
+            self.profiles = self.profile_mlp(self.profile_table.weight)
 
     def candidates(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Embed candidate rows.

@@ -118,10 +118,14 @@ class MTGR(nn.Module):
         logits: Tensor = head.logits(head.query(x), units, head.bias[FIRST_ID:])
         return logits.float()
 
-    def keep_catalogue(self) -> None:
-        """Compute all items' unit vectors once instead of at every retrieval; weights must not change any more."""
+    def keep_constants(self) -> None:
+        """Compute once what weights alone decide: all items' unit vectors, and the vectors of profile values.
+
+        Weights must not change any more.
+        """
         with torch.no_grad():
             self.catalogue = self._units()
+        self.embedding.keep_profiles()
 
     def _units(self) -> Tensor:
         return self.next_item_head.unit(self.embedding.item.all()[FIRST_ID:])

@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from mtgr.kernels.paged_attention import PagedBias, StepItems, paged_attention
-from mtgr.kernels.store import store_keys_values, store_times
+from mtgr.kernels.store import clear_padding, store_keys_values, store_times
 from mtgr.vllm_plugin.step import StepMetadata
 
 
@@ -166,6 +166,8 @@ class PagedAttention(_PagedLayer):
         self.head_size = head_size
         self.norm_length = norm_length
         self.dtype = dtype
+        # What a single token attends to, divided by N, would underflow in FP16.
+        self.out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """Keys and values of every head."""
@@ -187,14 +189,15 @@ class PagedAttention(_PagedLayer):
             bias: Relative bias of this layer, or None.
 
         Returns:
-            FP32 [T, H, D], divided by N. FP32 because what a single token attends to would underflow in FP16.
+            [T, H, D] in ``out_dtype``, divided by N; zeros in rows of no request.
         """
         metadata = step.metadata
         if metadata is None or step.slots is None:
-            return torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            return torch.zeros(q.shape, dtype=self.out_dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=self.out_dtype, device=q.device)
         # Nobody writes the rows of a graph's padding, and the next layer makes keys and values of them, which a tile of
         # the last request's candidates reaches into: weights of 0 would not keep a NaN of old memory out.
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        clear_padding(out, metadata.query_start)
         store_keys_values(k, v, self.kv_cache, step.slots)
         return paged_attention(
             q,

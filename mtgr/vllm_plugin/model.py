@@ -151,7 +151,7 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         missing = set(shapes) - loaded
         if missing:
             raise ConfigurationError(f"model.safetensors lacks {min(missing)}; run `make export` again.")
-        self.network.keep_catalogue()
+        self.network.keep_constants()
         self._warm_up_attention()
         return {f"network.{name}" for name in loaded}
 
@@ -166,6 +166,7 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
             self._block_size,
             has_bias=table is not None,
             device=self.rows.device,
+            out_dtype=first.out_dtype,
             max_tokens=len(self.rows),
             max_keys=self._max_tokens,
         )

@@ -64,7 +64,8 @@ class RowCodec:
         # Nothing on a device reads the slots of candidates, which may go on beyond two bytes.
         whole[:, SLOT_COLUMN] = np.minimum(whole[:, SLOT_COLUMN], _MAX_TOKENS)
         raw = np.ascontiguousarray(whole.astype("<i4", copy=False)).view(np.uint8)
-        return torch.from_numpy(raw[:, self._bytes]).to(dtype)
+        # Row after row, as vLLM copies them: an index would leave them column after column.
+        return torch.from_numpy(raw.take(self._bytes, axis=1)).to(dtype)
 
     def decode(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Rows, INT32 [n, W], and visible lengths, INT32 [n], of ``encode``'s bytes on any device."""

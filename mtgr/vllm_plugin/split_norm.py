@@ -31,7 +31,7 @@ def split_group_norm(
     Statistics are taken in FP32. On a GPU the result is rounded once, on the CPU after each of the three steps.
 
     Args:
-        x: FP32 [T, w], contiguous, the columns of this rank; as many on every rank.
+        x: Float [T, w], contiguous, the columns of this rank; as many on every rank.
         types: INT32 [T], any stride.
         gain: Float [number of types, w], rows contiguous, this rank's.
         bias: Float [number of types, w], likewise.
@@ -75,7 +75,7 @@ def own_statistics(x: Tensor, ranks: Ranks) -> Tensor:
     """Mean and variance of the rows of this rank, FP32 [T, R, 2]; zeros in the places of other ranks.
 
     Args:
-        x: FP32 [T, w], contiguous.
+        x: Float [T, w], contiguous.
         ranks: Those that share the row.
     """
     if use_triton(x):

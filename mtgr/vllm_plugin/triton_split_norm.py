@@ -32,7 +32,7 @@ def statistics_kernel(
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, padded_width)
     inside = columns < width
-    row = tl.load(x + token * stride_x + columns, mask=inside, other=0.0)
+    row = tl.load(x + token * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(row, axis=0) / width
     centred = tl.where(inside, row - mean, 0.0)
     variance = tl.sum(centred * centred, axis=0) / width
@@ -83,7 +83,7 @@ def apply_kernel(
     columns = tl.arange(0, padded_width)
     inside = columns < width
     kind = tl.load(types + token * stride_types).to(tl.int64)
-    row = tl.load(x + token * stride_x + columns, mask=inside, other=0.0)
+    row = tl.load(x + token * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
     result = tl.where(inside, row - mean, 0.0) / tl.sqrt_rn(variance + epsilon)
     result *= tl.load(gain + kind * stride_gain + columns, mask=inside, other=0.0).to(tl.float32)
     result += tl.load(bias + kind * stride_bias + columns, mask=inside, other=0.0).to(tl.float32)

@@ -17,12 +17,12 @@ def test_answers_are_the_same_to_the_last_bit_and_weights_are_not_read_again() -
     saved = set(network.state_dict())
     with torch.inference_mode():
         items, scores = network.retrieve(context)
-        network.keep_catalogue()
+        network.keep_constants()
         again, scores_again = network.retrieve(context)
         network.embedding.item.table.weight += 1.0
         network.embedding.item.project.weight.zero_()
         catalogue = network.catalogue
-        network.keep_catalogue()
+        network.keep_constants()
     assert torch.equal(items, again)
     assert torch.equal(scores, scores_again)
     assert not torch.equal(catalogue, network.catalogue)

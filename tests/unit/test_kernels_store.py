@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtgr.kernels.store import store_keys_values, store_times
+from mtgr.kernels.store import clear_padding, store_keys_values, store_times
 
 NUM_BLOCKS = 7
 
@@ -75,3 +75,12 @@ def test_nothing_to_store() -> None:
         store_times(torch.arange(num_tokens, dtype=torch.int32), times, slots)
     assert cache.isnan().all()
     assert (times == -7).all()
+
+
+@pytest.mark.parametrize(("num_tokens", "starts"), [(9, (0, 4, 4, 6)), (5, (0, 5)), (3, (0, 0)), (1, (0, 1, 1))])
+def test_padding_is_cleared_and_nothing_else(num_tokens: int, starts: tuple[int, ...]) -> None:
+    rows = torch.full((num_tokens, 3, 700), math.nan, dtype=torch.bfloat16)
+    rows[: starts[-1]] = 2.0
+    clear_padding(rows, torch.tensor(starts, dtype=torch.int32))
+    assert (rows[: starts[-1]] == 2.0).all()
+    assert (rows[starts[-1] :] == 0.0).all()

@@ -23,7 +23,7 @@ from mtgr.kernels.paged_items import new_items
 from mtgr.kernels.triton_attention import attention_launches
 from mtgr.kernels.triton_items import list_items_launch
 from mtgr.kernels.triton_norm import group_norm_launch
-from mtgr.kernels.triton_store import store_keys_values_launch, store_times_launch
+from mtgr.kernels.triton_store import clear_padding_launch, store_keys_values_launch, store_times_launch
 from mtgr.kernels.tuning import _step
 from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, is_serialised, stack
 
@@ -217,6 +217,7 @@ def test_stores_and_norms_compile(dtype: torch.dtype) -> None:
         list_items_launch(few, few, few.bool(), new_items(4, 3, 128, few.device), 128),
         store_keys_values_launch(k, k, cache, slots),
         store_times_launch(slots.to(torch.int32), torch.zeros(3, 16, 2, dtype=torch.int32)[..., 0], slots),
+        clear_padding_launch(k.contiguous(), torch.zeros(3, dtype=torch.int32)),
     ]
     types = torch.zeros(5, 8, dtype=torch.int32)[:, 0]
     for width in (96, 512, 8192):
