@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of perf.tensorrt_gpu")
     parser.add_argument("--until", type=float, help="seconds since 1970 at which what still runs is ended")
     parser.add_argument("--jobs", type=int, default=JOBS, help="builds at a time")
+    parser.add_argument("--way-seconds", type=float, default=float("inf"), help="for a way, unless it is the last one")
     parser.add_argument("--only", help="one graph, in this very process")
     parser.add_argument("--resume", action="store_true", help="with --only: leave out ways up to where a build ended")
     parser.add_argument("--dry-run", action="store_true")
@@ -144,27 +145,28 @@ def measure_one(options: argparse.Namespace, entry: dict[str, Any]) -> int:
 def _in_process(options: argparse.Namespace, entry: dict[str, Any]) -> int:
     """The same step of one graph in a process of its own, within the time that is left."""
     left = float("inf") if options.until is None else options.until - time.time()
-    limit = min(left, MEASURE_S) if options.step == "measure" and not options.dry_run else left
-    problem = "the time was over" if limit <= 0 else None
+    most = MEASURE_S if options.step == "measure" and not options.dry_run else float("inf")
+    problem = "the time was over" if left <= 0 else None
     command = [sys.executable, "-m", "perf.tensorrt_plans", options.step, "--work", str(options.work)]
     command += ["--only", entry["name"], *["--dry-run"] * options.dry_run]
     tries = len(list(ways_of(entry))) if options.step == "build" else 1
     while problem is None:
         tries -= 1
         left = float("inf") if options.until is None else max(1.0, options.until - time.time())
-        limit = min(left, limit)
+        limit = min(left, most, options.way_seconds if tries else float("inf"))
         try:
             status = subprocess.run(command, check=False, timeout=None if limit == float("inf") else limit).returncode
         except subprocess.TimeoutExpired:
-            status, problem = 1, f"it was ended after {limit:.0f} s"
+            ended = f"it was ended after {limit:.0f} s"
         else:
             if status in (0, 1):
                 return status
-            print(f"   {entry['name']}: {options.step}: its process ended with status {status}", flush=True)
-            if tries == 0 or "begun" not in result_of(options, entry, options.step):
-                problem = f"its process ended with status {status}"
-            elif "--resume" not in command:
-                command.append("--resume")
+            ended = f"its process ended with status {status}"
+        print(f"   {entry['name']}: {options.step}: {ended}", flush=True)
+        if tries == 0 or limit == left or "begun" not in result_of(options, entry, options.step):
+            problem = ended
+        elif "--resume" not in command:
+            command.append("--resume")
     print(f"   {entry['name']}: {options.step}: {problem}", flush=True)
     _keep(options, entry, options.step, result_of(options, entry, options.step) | {f"{options.step}_failed": problem})
     return 1

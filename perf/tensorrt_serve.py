@@ -47,7 +47,7 @@ def serve_step(options: argparse.Namespace) -> int:
 def best_of(plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each preset, kind and precision the plan that agrees and is quickest; one that was not measured comes last.
 
-    Templates are of plans that take more than one shape.
+    Plans of one shape compete with nobody: they answer no other.
     """
     best: dict[str, dict[str, Any]] = {}
 
@@ -57,11 +57,12 @@ def best_of(plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return states[entry.get("holds")], times.get("b8", times.get("b1", float("inf")))
 
     for entry in plans:
-        if "lengths" not in entry or entry["lengths"] in STATIC:
+        if "lengths" not in entry:
             continue
-        known = best.setdefault(entry["family"], entry)
+        family = entry["name"] if entry["lengths"] in STATIC else entry["family"]
+        known = best.setdefault(family, entry)
         if rank(entry) < rank(known):
-            best[entry["family"]] = entry
+            best[family] = entry
     return list(best.values())
 
 
@@ -129,11 +130,14 @@ def place(entry: dict[str, Any], repository: Path, options: argparse.Namespace) 
         text = fitted_text(text, len(entry["build"]["profiles"]), entry["build"]["largest"])
         if not entry.get("cuda_graphs", {}).get("holds"):
             text = text.replace("graphs: true", "graphs: false")
-    if entry["lengths"] == "fixed":
+    if entry["lengths"] != "dynamic":
+        users = STATIC.get(entry["lengths"])
         text = re.split(r"\n(?:optimization|model_warmup) ", text)[0]
-        text = text.replace("max_batch_size: 32", f"max_batch_size: {FIXED_BATCH}")
+        # Where the batch is one too, it is a dimension like others.
+        text = re.sub(r"max_batch_size: \d+", f"max_batch_size: {0 if users else FIXED_BATCH}", text)
         for name, length in (("context", BUCKET[0]), ("candidates", BUCKET[1]), ("task_scores", BUCKET[1])):
-            text = re.sub(rf'(name: "{name}".*dims: \[) -1,', rf"\1 {length},", text)
+            dims = f"{users}, {length}" if users else f"{length}"
+            text = re.sub(rf'(name: "{name}".*dims: \[) -1,', rf"\1 {dims},", text)
     (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
     if options.stub is not None:  # a stub in the model's folder is used for this model
         shutil.copy2(options.stub, version.parent / "triton_python_backend_stub")
@@ -173,11 +177,12 @@ def ask(client: Any, connection: Any, entry: dict[str, Any], options: argparse.N
     names = ["context", "candidates"] if entry["kind"] == "rank" else ["context"]
     outputs = ["task_scores"] if entry["kind"] == "rank" else ["items", "scores"]
     largest = entry["build"]["largest"]
-    fixed = dict(zip(("context", "candidates"), BUCKET, strict=True)) if entry["lengths"] == "fixed" else {}
+    fixed = dict(zip(("context", "candidates"), BUCKET, strict=True)) if entry["lengths"] != "dynamic" else {}
+    users = STATIC.get(entry["lengths"], -1)
     with np.load(options.work / entry["cases"]) as cases:
         for shape in entry["shapes"]:
             rows = {key: cases[f"{shape}/{key}"] for key in names}
-            padded = padded_to(rows, {key: (None, (-1, fixed.get(key, -1))) for key in names})
+            padded = padded_to(rows, {key: (None, (users, fixed.get(key, -1))) for key in names})
             if padded is None or (fixed and len(padded["context"]) > FIXED_BATCH):
                 continue
             wanted = {key: cases[f"{shape}/{key}"] for key in entry["wanted"]}

@@ -1,6 +1,7 @@
 """``python -m perf.vllm_large``: the 8b preset behind the door, in bf16 and fp8, on one GPU and out of one export.
 
-``door``: first and cached requests, one at a time, of servers that run side by side and are measured in turn.
+``door``: first and cached requests, one at a time, of servers that run side by side and are measured in turn; then once
+more while no processor falls asleep (``perf.awake``).
 ``users``: concurrent callers, each a user whose context is resident.
 ``offload``: users who were displaced from the GPU's pages and come back out of the host's memory.
 
@@ -35,11 +36,13 @@ from mtgr.config import ModelConfig, preset, preset_names
 from mtgr.engines.vllm_rows import VLLMRowEngine
 from mtgr.engines.vllm_settings import SETTINGS_FILE, VLLMSettings
 from mtgr.serving.server import TritonServer
+from perf.awake import awake
 from perf.floors import floor
 from perf.load import Outcome, RawCaller, closed_loop
 from perf.metrics_page import context_tokens
 from perf.record import describe
 from perf.repository import built_repository
+from perf.swap_blocks import serve_swap_blocks
 from perf.synthetic import synthetic_checkpoint
 from perf.vllm_door import rank_ms, request_of, wait_for_engine
 from perf.vllm_gpu import CANDIDATES, DEVICE, checkpoint, gpu, rows
@@ -51,6 +54,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "fp8-in-process": {"in_process": True, "quantization": "fp8"},
 }
 SECTIONS = ("door", "users", "offload")
+AWAKE = ", processors awake"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,6 +152,9 @@ def door(repository: Path, options: argparse.Namespace) -> dict[str, Any]:
     repositories = {name: changed(repository, name, kv_gib, changes) for name, changes in VARIANTS.items()}
     with serving(repositories, options.out) as servers:
         samples = asyncio.run(_door(servers, repository, options))
+        with awake():
+            again = asyncio.run(_door(servers, repository, options))
+        samples |= {f"{name}{AWAKE}": found for name, found in again.items()}
     cached = options.context // options.block_size * options.block_size
     table = {}
     for name, found in samples.items():
@@ -170,6 +177,7 @@ async def _door(
     samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "cached": []} for name in servers}
     clients = {name: AsyncMTGRClient(server.grpc_url, timeout=60) for name, server in servers.items()}
     try:
+        # Users of the first time have been displaced by as many others since.
         for index in range(options.rounds + _WARMING):
             for name, client in clients.items():
                 for state in ("cold", "cached", "cached", "cached"):
@@ -242,6 +250,7 @@ async def _offload(version: Path, options: argparse.Namespace) -> dict[str, Any]
     # Shapes and schema of the export; only rows are asked of it.
     model = synthetic_checkpoint(preset("tiny", max_positions=4096), 20_000, options.seed, 2000)
     requests = [rows(model, options.context, CANDIDATES, options.seed + index) for index in range(8)]
+    library = serve_swap_blocks() if DEVICE == "cuda" else None
     engine = await VLLMRowEngine.start_warm(version, threads=2)
     times: dict[str, list[float]] = {"cold": [], "cached": [], "reloaded": []}
     hits: dict[str, list[int]] = {state: [] for state in times}
@@ -267,7 +276,14 @@ async def _offload(version: Path, options: argparse.Namespace) -> dict[str, Any]
         await asyncio.to_thread(engine.shutdown)
     p50 = {state: statistics.median(values) for state, values in times.items()}
     print(f"   {p50}, context tokens found {hits['reloaded']}, largest difference {max(errors):.1e}", flush=True)
-    return {"p50": p50, "milliseconds": times, "hits": hits, "max_difference": errors, "context": options.context}
+    return {
+        "p50": p50,
+        "milliseconds": times,
+        "hits": hits,
+        "max_difference": errors,
+        "context": options.context,
+        "own_copies": library is not None,
+    }
 
 
 def token_bytes(config: ModelConfig) -> int:

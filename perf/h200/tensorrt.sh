@@ -3,7 +3,8 @@
 #
 #   bash perf/h200/tensorrt.sh OUT [SECONDS] [STEP...]
 #
-# PLANS="NAME NAME" leaves all other plans out (names: perf/tensorrt_entries.py).
+# PLANS="NAME NAME" leaves all other plans out (names: perf/tensorrt_entries.py). WAY_SECONDS is how long a plan may be
+# built in one way before the next is tried.
 #
 # STEP is export, build, measure, serve or report; by default the first four, in one call. What a step leaves lies in
 # $WORK (/tmp/mtgr-tensorrt): a later call may do the steps that are missing, and builds the plans that are.
@@ -63,7 +64,7 @@ for name in "${steps[@]}"; do
           "${dry[@]}" --wait "$work/built" &
         torch=$!
       fi
-      plans build --until "$((end - later))" || status=1
+      plans build --until "$((end - later))" --way-seconds "${WAY_SECONDS:-inf}" || status=1
       say "built"
       touch "$work/built"
       if [[ -n $torch ]]; then wait "$torch" || status=1; fi

@@ -155,6 +155,19 @@ def test_a_build_goes_on_behind_the_way_at_which_its_process_ended(work: Path) -
     assert json.loads(state.read_text())["refused"] == {}
 
 
+def test_a_way_that_takes_too_long_is_left_for_the_next(work: Path) -> None:
+    (work / "graphs.json").write_text(json.dumps([entry("good")]))
+    arguments = ["build", "--work", str(work), "--dry-run"]
+    assert main([*arguments, "--way-seconds", "0.05"]) == 1  # no process writes anything so soon
+    (built,) = results(work)
+    assert built["build_failed"].startswith("it was ended")
+    state = work / "good" / "build.json"
+    state.write_text(json.dumps({"refused": {}, "begun": "dynamic, two profiles"}))
+    assert main([*arguments, "--way-seconds", "0.05"]) == 0  # as if it had begun
+    (built,) = results(work)
+    assert built["refused"]["dynamic, two profiles"] == "its process ended"
+
+
 def test_a_batch_is_run_in_the_parts_that_a_plan_takes() -> None:
     seen = []
 
@@ -215,7 +228,7 @@ def test_of_a_family_the_quickest_plan_that_agrees_is_served() -> None:
         plan("unknown", "b", None, None),
         entry("not built", family="c"),
     ]
-    assert [found["name"] for found in best_of(plans)] == ["quick", "unknown"]
+    assert [found["name"] for found in best_of(plans)] == ["quick", "of one batch", "unknown"]
 
 
 def test_a_graph_of_one_batch_takes_no_other() -> None:
