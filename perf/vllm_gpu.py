@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=2000, help="of throughput")
     parser.add_argument("--concurrency", type=int, default=256, help="of throughput")
     parser.add_argument("--seconds", type=float, default=20.0, help="of throughput")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens of a page")
     parser.add_argument("--traces", type=Path, help="folder that takes the profiler's traces, of overhead")
     parser.add_argument("--start-when", type=Path, metavar="FILE", help="measure when this file is there")
     parser.add_argument("--seed", type=int, default=0)
@@ -270,6 +271,7 @@ class Engine:
             dtype=WIDE if dtype == "fp8" else dtype,
             quantization="fp8" if dtype == "fp8" else None,
             in_process=options.in_process,
+            block_size=options.block_size,
             # With the cache's memory given it says only what must be free at the start.
             gpu_memory_utilization=0.05 if options.kv_gib else 0.85,
             kv_cache_memory_bytes=options.kv_gib and options.kv_gib << 30,
