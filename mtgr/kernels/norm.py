@@ -39,14 +39,23 @@ def group_norm(
     return normal.to(gain.dtype) * F.embedding(types, gain) + F.embedding(types, bias)
 
 
-def gated_group_norm(x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float, gate: Tensor) -> Tensor:
+def gated_group_norm(
+    x: Tensor,
+    types: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    gate: Tensor,
+    *,
+    activates: bool = False,
+) -> Tensor:
     """``group_norm`` times ``gate``, float [T, d] with contiguous rows: what an HSTU block projects back.
 
-    Other arguments and the result are as in ``group_norm``.
+    Other arguments and the result are as in ``group_norm``. ``activates`` puts the gate through SiLU first.
     """
     if use_triton(x):
-        return _fused(x, types, gain, bias, epsilon, gate, None)
-    return group_norm(x, types, gain, bias, epsilon) * gate
+        return _fused(x, types, gain, bias, epsilon, gate, None, activates)
+    return group_norm(x, types, gain, bias, epsilon) * (F.silu(gate) if activates else gate)
 
 
 def fp8_group_norm(
@@ -58,6 +67,7 @@ def fp8_group_norm(
     gate: Tensor | None = None,
     *,
     by_row: bool = False,
+    activates: bool = False,
 ) -> QuantisedRows:
     """``group_norm``, or ``gated_group_norm`` with a gate, rounded to FP8 for ``mtgr.kernels.linear.fp8_linear``.
 
@@ -65,13 +75,17 @@ def fp8_group_norm(
     scale, as ``QuantisedWeight.by_row`` wants it.
     """
     if not use_triton(x):
-        normal = group_norm(x, types, gain, bias, epsilon)
-        return quantise_rows(normal if gate is None else normal * gate, by_row=by_row)
+        if gate is None:
+            return quantise_rows(group_norm(x, types, gain, bias, epsilon), by_row=by_row)
+        gated = gated_group_norm(x, types, gain, bias, epsilon, gate, activates=activates)
+        return quantise_rows(gated, by_row=by_row)
     from mtgr.kernels.triton_norm import group_norm_launch
 
     made = empty_rows(x.shape[0], x.shape[1], x.device, by_row=by_row)
     if x.shape[0]:
-        group_norm_launch(x, types, gain, bias, epsilon, gate, made.data, scales=made.scales, by_row=by_row).run()
+        group_norm_launch(
+            x, types, gain, bias, epsilon, gate, made.data, scales=made.scales, by_row=by_row, activates=activates
+        ).run()
     return made
 
 
@@ -83,10 +97,11 @@ def _fused(
     epsilon: float,
     gate: Tensor | None,
     shift: Tensor | None,
+    activates: bool = False,
 ) -> Tensor:
     from mtgr.kernels.triton_norm import group_norm_launch
 
     out = torch.empty(x.shape, dtype=gain.dtype, device=x.device)
     if x.shape[0]:
-        group_norm_launch(x, types, gain, bias, epsilon, gate, out, shift).run()
+        group_norm_launch(x, types, gain, bias, epsilon, gate, out, shift, activates=activates).run()
     return out

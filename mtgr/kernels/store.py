@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtgr.kernels.dispatch import use_triton
@@ -29,6 +30,30 @@ def store_keys_values(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Non
     head_size = k.shape[-1]
     cache[blocks, :, offsets, :head_size] = k[kept].to(cache.dtype)
     cache[blocks, :, offsets, head_size:] = v[kept].to(cache.dtype)
+
+
+def activate_and_store(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Put queries, keys and values through SiLU, where they lie, and store keys and values as above.
+
+    In one pass over what a block's product left, where SiLU and the store would each make their own.
+
+    Args:
+        q: Float [T, H, D], like ``k`` and ``v``, changed in place.
+        k: Float [T, H, D], likewise.
+        v: Float [T, H, D], likewise.
+        cache: As of ``store_keys_values``.
+        slots: As of ``store_keys_values``.
+    """
+    if q.shape[0] == 0:
+        return
+    if use_triton(q):
+        from mtgr.kernels.triton_store import activate_and_store_launch
+
+        activate_and_store_launch(q, k, v, cache, slots).run()
+        return
+    for part in (q, k, v):
+        F.silu(part, inplace=True)
+    store_keys_values(k, v, cache, slots)
 
 
 def store_times(times: Tensor, cache: Tensor, slots: Tensor) -> None:

@@ -38,6 +38,7 @@ def group_norm_kernel(
     width: tl.constexpr,
     padded_width: tl.constexpr,
     is_gated: tl.constexpr,
+    activates: tl.constexpr,
     is_shifted: tl.constexpr,
     is_fp8: tl.constexpr,
     by_row: tl.constexpr,
@@ -61,7 +62,8 @@ def group_norm_kernel(
     result = normal * tl.load(gain + kind * stride_gain + columns, mask=inside, other=0.0).to(tl.float32)
     result += tl.load(bias + kind * stride_bias + columns, mask=inside, other=0.0).to(tl.float32)
     if is_gated:
-        result *= tl.load(gate + token * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(gate + token * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
+        result *= factor * tl.sigmoid(factor) if activates else factor
     if is_fp8:
         result = tl.reshape(tl.where(inside, result, 0.0), [padded_width // _BLOCK, _BLOCK])
         scale = tl.maximum(tl.max(tl.abs(result), axis=1), 1e-12) / _LARGEST
@@ -90,6 +92,7 @@ def group_norm_launch(
     shift: Tensor | None = None,
     scales: Tensor | None = None,
     by_row: bool = False,
+    activates: bool = False,
 ) -> Launch:
     """The launch that makes ``out``, [T, d], of ``mtgr.kernels.norm.group_norm``, times ``gate`` if there is one.
 
@@ -124,6 +127,7 @@ def group_norm_launch(
             "width": width,
             "padded_width": padded_width,
             "is_gated": gate is not None,
+            "activates": activates,
             "is_shifted": shift is not None,
             "is_fp8": scales is not None,
             "by_row": by_row,

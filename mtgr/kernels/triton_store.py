@@ -16,11 +16,14 @@ _ELEMENTS_AT_ONCE = 1024
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def store_keys_values_kernel(
+    q,
     k,
     v,
     cache,
     slots,
     num_heads,
+    stride_q_token,
+    stride_q_head,
     stride_k_token,
     stride_k_head,
     stride_v_token,
@@ -32,21 +35,38 @@ def store_keys_values_kernel(
     padded_size: tl.constexpr,
     block_size: tl.constexpr,
     block_heads: tl.constexpr,
+    activates: tl.constexpr,
 ):
-    """Copy some heads of one token."""
+    """Copy some heads of one token; put them through SiLU first, and the queries too, where they are not yet."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
-    if slot < 0:
-        return
+    if not activates:  # noqa: SIM102 - decided when this is compiled
+        if slot < 0:
+            return
     heads = tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     columns = tl.arange(0, padded_size)
     inside = (heads < num_heads)[:, None] & (columns < head_size)[None, :]
-    keys = tl.load(k + token * stride_k_token + heads[:, None] * stride_k_head + columns[None, :], mask=inside)
-    values = tl.load(v + token * stride_v_token + heads[:, None] * stride_v_head + columns[None, :], mask=inside)
+    of_keys = k + token * stride_k_token + heads[:, None] * stride_k_head + columns[None, :]
+    of_values = v + token * stride_v_token + heads[:, None] * stride_v_head + columns[None, :]
+    keys = tl.load(of_keys, mask=inside, other=0.0)
+    values = tl.load(of_values, mask=inside, other=0.0)
+    if activates:
+        of_queries = q + token * stride_q_token + heads[:, None] * stride_q_head + columns[None, :]
+        tl.store(of_queries, _silu(tl.load(of_queries, mask=inside, other=0.0)), mask=inside)
+        keys, values = _silu(keys), _silu(values)
+        tl.store(of_keys, keys, mask=inside)
+        tl.store(of_values, values, mask=inside)
+    stored = inside & (slot >= 0)
     target = cache + slot // block_size * stride_cache_block + slot % block_size * stride_cache_slot
     target += heads[:, None] * stride_cache_head + columns[None, :]
-    tl.store(target, keys.to(cache.dtype.element_ty), mask=inside)
-    tl.store(target + head_size, values.to(cache.dtype.element_ty), mask=inside)
+    tl.store(target, keys.to(cache.dtype.element_ty), mask=stored)
+    tl.store(target + head_size, values.to(cache.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _silu(x):
+    wide = x.to(tl.float32)
+    return (wide * tl.sigmoid(wide)).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["times", "slots"])
@@ -83,6 +103,15 @@ def clear_padding_kernel(rows, query_start, num_requests, width, block: tl.const
 
 def store_keys_values_launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Launch:
     """The launch of ``mtgr.kernels.store.store_keys_values``, for at least one token."""
+    return _keys_values_launch(None, k, v, cache, slots)
+
+
+def activate_and_store_launch(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Launch:
+    """The launch of ``mtgr.kernels.store.activate_and_store``, for at least one token."""
+    return _keys_values_launch(q, k, v, cache, slots)
+
+
+def _keys_values_launch(q: Tensor | None, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Launch:
     num_tokens, num_heads, head_size = k.shape
     padded_size = triton.next_power_of_2(head_size)
     block_heads = min(triton.next_power_of_2(num_heads), max(1, _PROGRAM_ELEMENTS // padded_size))
@@ -90,11 +119,14 @@ def store_keys_values_launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor)
         kernel=store_keys_values_kernel,
         grid=(num_tokens, triton.cdiv(num_heads, block_heads)),
         arguments=(
+            q,
             k,
             v,
             cache,
             slots,
             num_heads,
+            0 if q is None else q.stride(0),
+            0 if q is None else q.stride(1),
             k.stride(0),
             k.stride(1),
             v.stride(0),
@@ -108,6 +140,7 @@ def store_keys_values_launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor)
             "padded_size": padded_size,
             "block_size": cache.shape[2],
             "block_heads": block_heads,
+            "activates": q is not None,
             "num_warps": 4 if block_heads * padded_size >= 1024 else 1,
         },
     )

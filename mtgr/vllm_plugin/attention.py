@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from mtgr.kernels.paged_attention import PagedBias, StepItems, paged_attention
-from mtgr.kernels.store import clear_padding, store_keys_values, store_times
+from mtgr.kernels.store import activate_and_store, clear_padding, store_keys_values, store_times
 from mtgr.vllm_plugin.step import StepMetadata
 
 
@@ -178,7 +178,9 @@ class PagedAttention(_PagedLayer):
             dtype=self.dtype,
         )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, step: Step, bias: PagedBias | None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Step, bias: PagedBias | None, is_raw: bool = False
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -187,6 +189,7 @@ class PagedAttention(_PagedLayer):
             v: Float [T, H, D].
             step: What layers share.
             bias: Relative bias of this layer, or None.
+            is_raw: Whether q, k and v still have to go through SiLU, which then changes them in place.
 
         Returns:
             [T, H, D] in ``out_dtype``, divided by N; zeros in rows of no request.
@@ -198,7 +201,10 @@ class PagedAttention(_PagedLayer):
         # Nobody writes the rows of a graph's padding, and the next layer makes keys and values of them, which a tile of
         # the last request's candidates reaches into: weights of 0 would not keep a NaN of old memory out.
         clear_padding(out, metadata.query_start)
-        store_keys_values(k, v, self.kv_cache, step.slots)
+        if is_raw:
+            activate_and_store(q, k, v, self.kv_cache, step.slots)
+        else:
+            store_keys_values(k, v, self.kv_cache, step.slots)
         return paged_attention(
             q,
             k,

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
 from mtgr.errors import ConfigurationError
+from mtgr.kernels.dispatch import use_triton
 from mtgr.kernels.norm import fp8_group_norm, gated_group_norm, group_norm
 from mtgr.kernels.paged_attention import PagedBias, time_bucket_edges, warm_up
 from mtgr.model.hstu import HSTUBlock
@@ -232,23 +234,33 @@ def _block(
 ) -> Tensor:
     """``HSTUBlock.forward`` with the keys of the context in the paged cache; float [T, d], the same on every rank."""
     norm, layer = block.input_norm, block.uvqk
+    # On a GPU those kernels that read U, V, Q and K anyway put them through SiLU, unless the product's own does.
     if isinstance(layer, FP8Linear):
+        is_raw = layer.by_row and use_triton(x)
         rows = fp8_group_norm(x, types, norm.gain, norm.bias, norm.epsilon, by_row=layer.by_row)
-        u, v, q, k = layer(rows, is_silu=True).split(block.split, dim=-1)
+        merged = layer(rows, is_silu=not is_raw)
     else:
-        u, v, q, k = block.projected(_normalise(norm, x, types))
+        is_raw = use_triton(x)
+        merged = layer(_normalise(norm, x, types))
+        merged = merged if is_raw else F.silu(merged)
+    u, v, q, k = merged.split(block.split, dim=-1)
     q, k, v = (part.unflatten(-1, (block.num_heads, -1)) for part in (q, k, v))
-    attended = attention(q, k, v, step, bias).flatten(1)
+    attended = attention(q, k, v, step, bias, is_raw).flatten(1)
     norm, last = block.output_norm, block.output
     if ranks.size > 1:
-        normalise = fp8_split_group_norm if isinstance(last, FP8Linear) else split_group_norm
-        gated = normalise(attended, types, norm.gain, norm.bias, norm.epsilon, u, ranks)
+        arguments = (attended, types, norm.gain, norm.bias, norm.epsilon, u, ranks)
+        if isinstance(last, FP8Linear):
+            return x + ranks.all_reduce(last(fp8_split_group_norm(*arguments)))
+        gated = split_group_norm(*arguments, activates=is_raw)
         return x + ranks.all_reduce(block.output(gated))
     if isinstance(last, FP8Linear):
-        rows = fp8_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u, by_row=last.by_row)
+        rows = fp8_group_norm(
+            attended, types, norm.gain, norm.bias, norm.epsilon, u, by_row=last.by_row, activates=is_raw
+        )
         update: Tensor = last(rows)
         return x + update
-    return block.update(x, gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u))
+    gated = gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u, activates=is_raw)
+    return block.update(x, gated)
 
 
 def _normalise(norm: GroupLayerNorm, x: Tensor, types: Tensor) -> Tensor:

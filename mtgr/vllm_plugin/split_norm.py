@@ -24,7 +24,15 @@ from mtgr.vllm_plugin.parallel import Ranks
 
 
 def split_group_norm(
-    x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float, gate: Tensor, ranks: Ranks
+    x: Tensor,
+    types: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    gate: Tensor,
+    ranks: Ranks,
+    *,
+    activates: bool = False,
 ) -> Tensor:
     """Normalise each row over the columns of all ranks, with the gain and bias of its type, and gate it.
 
@@ -38,6 +46,7 @@ def split_group_norm(
         epsilon: Added to the variance.
         gate: Float [T, w] with contiguous rows, this rank's.
         ranks: Those that share the row. All of them must call this.
+        activates: Whether the gate goes through SiLU first.
 
     Returns:
         [T, w] in the precision of ``gain``.
@@ -48,9 +57,9 @@ def split_group_norm(
 
         out = torch.empty(x.shape, dtype=gain.dtype, device=x.device)
         if x.shape[0]:
-            apply_launch(x, statistics, types, gain, bias, epsilon, gate, out).run()
+            apply_launch(x, statistics, types, gain, bias, epsilon, gate, out, activates=activates).run()
         return out
-    return _applied(x, statistics, types, gain, bias, epsilon) * gate
+    return _applied(x, statistics, types, gain, bias, epsilon) * (F.silu(gate) if activates else gate)
 
 
 def fp8_split_group_norm(

@@ -64,6 +64,7 @@ def apply_kernel(
     padded_width: tl.constexpr,
     ranks: tl.constexpr,
     padded_ranks: tl.constexpr,
+    activates: tl.constexpr,
     is_fp8: tl.constexpr,
     interpreted: tl.constexpr,
 ):
@@ -87,7 +88,8 @@ def apply_kernel(
     result = tl.where(inside, row - mean, 0.0) / tl.sqrt_rn(variance + epsilon)
     result *= tl.load(gain + kind * stride_gain + columns, mask=inside, other=0.0).to(tl.float32)
     result += tl.load(bias + kind * stride_bias + columns, mask=inside, other=0.0).to(tl.float32)
-    result *= tl.load(gate + token * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(gate + token * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
+    result *= factor * tl.sigmoid(factor) if activates else factor
     if is_fp8:
         result = tl.reshape(tl.where(inside, result, 0.0), [padded_width // _BLOCK, _BLOCK])
         scale = tl.maximum(tl.max(tl.abs(result), axis=1), 1e-12) / _LARGEST
@@ -129,6 +131,7 @@ def apply_launch(
     gate: Tensor,
     out: Tensor,
     scales: Tensor | None = None,
+    activates: bool = False,
 ) -> Launch:
     """The launch that makes ``out``, [T, w], of ``mtgr.vllm_plugin.split_norm``; FP8 with ``scales``."""
     num_tokens, width = x.shape
@@ -161,6 +164,7 @@ def apply_launch(
             "padded_width": padded_width,
             "ranks": statistics.shape[1],
             "padded_ranks": triton.next_power_of_2(statistics.shape[1]),
+            "activates": activates,
             "is_fp8": scales is not None,
             "interpreted": triton.knobs.runtime.interpret,
             "num_warps": _warps(padded_width),

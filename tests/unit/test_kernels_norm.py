@@ -78,6 +78,19 @@ def test_low_precision(x_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
     assert np.abs(gated.double().numpy() - expected * gate).max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_may_come_as_the_product_left_it(dtype: torch.dtype) -> None:
+    case = Case(320, torch.float32, dtype)
+    gate = torch.nn.functional.silu(case.gate.double()).numpy()
+    expected = case.expected() * gate
+    allowed = 1e-3 if dtype == torch.float32 else 2**-6 * np.abs(expected).max()
+    got = gated_group_norm(*case.arguments(), case.gate, activates=True)
+    assert np.abs(got.double().numpy() - expected).max() <= allowed
+    rounded = dequantise_rows(fp8_group_norm(*case.arguments(), case.gate, by_row=True, activates=True))[:, :320]
+    steps = np.maximum(np.abs(expected) / 16, np.abs(expected).max(axis=1, keepdims=True) / 448 / 1024)
+    assert (np.abs(rounded.numpy() - expected) <= 1.01 * steps + allowed).all()
+
+
 def test_pytorch_serves_the_module_to_the_bit() -> None:
     case = Case(96, torch.float32, torch.float32)
     module = GroupLayerNorm(96, EPSILON).requires_grad_(False)

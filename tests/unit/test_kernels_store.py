@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtgr.kernels.store import clear_padding, store_keys_values, store_times
+from mtgr.kernels.store import activate_and_store, clear_padding, store_keys_values, store_times
 
 NUM_BLOCKS = 7
 
@@ -48,6 +48,29 @@ def test_keys_and_values(num_heads: int, head_size: int, block_size: int, dtype:
     store_keys_values(k, v, shared[:, 1], slots)
     assert not expected.isnan().all()
     torch.testing.assert_close(shared, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("num_heads", "head_size", "dtype"), [(3, 48, torch.float32), (20, 128, torch.bfloat16)])
+def test_what_a_product_left_is_activated_where_it_lies(num_heads: int, head_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    num_tokens, width, block_size = 37, num_heads * head_size, 16
+    merged = 3 * torch.randn(num_tokens, 4 * width).to(dtype)
+    slots = random_slots(num_tokens, block_size, 1)
+    activated = merged.clone()
+    activated[:, width:] = torch.nn.functional.silu(merged[:, width:])
+    caches = [torch.full((NUM_BLOCKS, num_heads, block_size, 2 * head_size), math.nan, dtype=dtype) for _ in range(2)]
+
+    def parts(rows: Tensor) -> list[Tensor]:
+        return [part.unflatten(-1, (num_heads, head_size)) for part in rows.split(width, dim=-1)]
+
+    _, v, q, k = parts(merged)
+    activate_and_store(q, k, v, caches[0], slots)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(merged, activated, rtol=4 * step, atol=step)
+    _, v, _, k = parts(merged)
+    store_keys_values(k, v, caches[1], slots)
+    torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
+    activate_and_store(q[:0], k[:0], v[:0], caches[0], slots[:0])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 300])

@@ -23,7 +23,12 @@ from mtgr.kernels.paged_items import new_items
 from mtgr.kernels.triton_attention import attention_launches
 from mtgr.kernels.triton_items import list_items_launch
 from mtgr.kernels.triton_norm import group_norm_launch
-from mtgr.kernels.triton_store import clear_padding_launch, store_keys_values_launch, store_times_launch
+from mtgr.kernels.triton_store import (
+    activate_and_store_launch,
+    clear_padding_launch,
+    store_keys_values_launch,
+    store_times_launch,
+)
 from mtgr.kernels.tuning import _step
 from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, is_serialised, stack
 
@@ -151,15 +156,13 @@ def test_attention_compiles(capability: int) -> None:
 def test_specialised_attention_compiles(
     block_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Most ways for Hopper, with keys split up and not; no sequence of steps needs another kernel."""
+    """Every way for Hopper, with keys split up and not; no sequence of steps needs another kernel."""
     compile_for(90, monkeypatch, tmp_path_factory.getbasetemp() / "triton")
     size = 128 if block_size == 16 else 64
     key = LaunchKey(2, size, torch.bfloat16, block_size, False, 4096)
     compiled = {}
     with parallel_compilation():
-        for config in specialised_tiles(key, trials=True):
-            if not (config.in_turn or (config.overlaps and config.by_head)):
-                continue
+        for config in specialised_tiles(key):
             for splits in (1, 4):
                 launch = step(
                     torch.bfloat16,
@@ -216,6 +219,7 @@ def test_stores_and_norms_compile(dtype: torch.dtype) -> None:
     launches = [
         list_items_launch(few, few, few.bool(), new_items(4, 3, 128, few.device), 128),
         store_keys_values_launch(k, k, cache, slots),
+        activate_and_store_launch(k, k, k, cache, slots),
         store_times_launch(slots.to(torch.int32), torch.zeros(3, 16, 2, dtype=torch.int32)[..., 0], slots),
         clear_padding_launch(k.contiguous(), torch.zeros(3, dtype=torch.int32)),
     ]
@@ -227,6 +231,7 @@ def test_stores_and_norms_compile(dtype: torch.dtype) -> None:
             x = torch.empty(5, width, dtype=x_dtype)
             launches.append(group_norm_launch(x, types, gain, gain, 1e-6, None, torch.empty_like(gain)))
             launches.append(group_norm_launch(x, types, gain, gain, 1e-6, gate, torch.empty_like(gain)))
+            launches.append(group_norm_launch(x, types, gain, gain, 1e-6, gate, torch.empty_like(gain), activates=True))
             launches.append(
                 group_norm_launch(x, types, gain, gain, 1e-6, None, torch.empty_like(gain), gain[0].float())
             )

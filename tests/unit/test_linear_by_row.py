@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mtgr.engines.compiled_network import CompiledNetwork
 from mtgr.errors import ConfigurationError
@@ -119,6 +120,25 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fp8_by_row(4096, weight[:50])
     remember(LinearKey.of(4096, weight), LinearWay("tiles", (64, 128, 4, 3)))
     assert not fp8_by_row(4096, weight)
+
+
+def test_the_trial_product_does_not_ask_what_tensors_are_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM makes models with a default of 16 bits, in which PyTorch refuses scales."""
+    asked = []
+
+    def product(x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor, *rest: object) -> None:
+        asked.extend((x_scales.dtype, weight_scales.dtype))
+
+    monkeypatch.setattr(linear_tuning, "capability_of", lambda device: 90)
+    monkeypatch.setattr(linear_tuning, "library_fp8", product)
+    linear_tuning._has_scaled_product.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert linear_tuning.library_serves_fp8(64, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        linear_tuning._has_scaled_product.cache_clear()
+    assert asked == [torch.float32, torch.float32]
 
 
 @pytest.mark.skipif(use_triton(torch.empty(0)), reason="Too many tokens for the interpreter; the CPU shows the rule.")

@@ -157,6 +157,13 @@ def test_ranks_of_different_means_and_deviations() -> None:
     np.testing.assert_allclose(got.numpy(), case.expected(), rtol=0, atol=1e-4)
 
 
+def test_precision_of_a_gate_as_the_product_left_it() -> None:
+    case = Case(96, 2, torch.float32)
+    got = torch.cat([split_group_norm(*case.arguments(rank), activates=True) for rank in range(2)], dim=1)
+    case.gate = torch.nn.functional.silu(case.gate)
+    np.testing.assert_allclose(got.numpy(), case.expected(), rtol=0, atol=8e-4)
+
+
 def test_half_precision() -> None:
     case = Case(256, 2, torch.bfloat16)
     got = torch.cat([split_group_norm(*case.arguments(rank)) for rank in range(2)], dim=1)
@@ -190,7 +197,7 @@ GROUP_NORM = "precision or survive or different or fp8 or no_tokens"
 
 def test_interpreter() -> None:
     pytest.importorskip("triton", reason=NO_TRITON)
-    assert run_interpreted(Path(__file__), "-k", GROUP_NORM) == 12
+    assert run_interpreted(Path(__file__), "-k", GROUP_NORM) == 13
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
