@@ -144,9 +144,9 @@ class Problem:
         length = length_class(self.segments.max_context)
         return DenseKey(self.head_size, operands, capability_of(DEVICE), length, self.bias is not None)
 
-    def configs(self, precision: str, trials: bool = False) -> list[DenseConfig]:
+    def configs(self, precision: str) -> list[DenseConfig]:
         """Configurations worth measuring here."""
-        return candidates(self.key(precision), trials)
+        return candidates(self.key(precision))
 
     def launches(self, precision: str) -> Callable[[DenseConfig], Launch]:
         """Launches of the kernel by configuration, all with one output."""
@@ -333,7 +333,6 @@ class Case:
 def describe(config: DenseConfig) -> str:
     """A configuration in short."""
     ways = " in turn" * config.in_turn + " overlaps" * config.overlaps + " packed" * config.packed
-    ways += f" polynomial {config.polynomial}/4" * (config.polynomial > 0) + " ahead" * config.ahead
     return f"{config.variant} {config.block_m}x{config.block_n}/{config.num_warps}/{config.num_stages}{ways}"
 
 

@@ -191,11 +191,11 @@ def check_pages(ceilings: Ceilings, is_small: bool, seed: int) -> Iterator[Figur
             yield figure
 
 
-def tiles(key: configs.LaunchKey, trials: bool = False) -> list[configs.LaunchConfig]:
+def tiles(key: configs.LaunchKey) -> list[configs.LaunchConfig]:
     """Configurations worth measuring here, with one split."""
     if capability_of(DEVICE) != 90:
         return configs.candidate_tiles(key)
-    return [*configs.candidate_tiles(key), *configs.specialised_tiles(key, trials)]
+    return [*configs.candidate_tiles(key), *configs.specialised_tiles(key)]
 
 
 def _is_checked(config: configs.LaunchConfig, case: Step) -> bool:
@@ -208,5 +208,4 @@ def _is_checked(config: configs.LaunchConfig, case: Step) -> bool:
 def describe(config: configs.LaunchConfig) -> str:
     """A configuration in short."""
     ways = " in turn" * config.in_turn + " overlaps" * config.overlaps + " listed" * config.listed
-    ways += " by head" * config.by_head
     return f"{config.variant} {config.block_m}x{config.block_n}/{config.num_warps}/{config.num_stages}{ways}"

@@ -2,8 +2,8 @@
 
 python -m perf.gpu_variants [--small] [--d64] [--d128] [--d256] [--dense] [--seed SEED]
 
-Every way that is right is timed alone; then the first few of each kind are timed in turn, with those of the ways that
-were there before, and the ratios that are aimed at are printed: FP8 over BF16, paged over dense attention.
+Every way that is right is timed alone; then the first few of each kind are timed in turn, and the ratios that are aimed
+at are printed: FP8 over BF16, paged over dense attention.
 """
 
 from __future__ import annotations
@@ -70,12 +70,6 @@ class Way:
     name: str
     figure: Figure = field(default_factory=lambda: Figure("variants", "", ""))
 
-    @property
-    def is_new(self) -> bool:
-        """Whether it does anything that ways before did not."""
-        config = self.config
-        return any(getattr(config, way, False) for way in ("polynomial", "ahead", "by_head"))
-
 
 class Size:
     """Everything that is run at one head size.
@@ -104,11 +98,11 @@ class Size:
         for precision in ("bf16", "fp8"):
             if precision == "fp8" and (head_size == 64 or 0 < self.ragged.key("bf16").capability < 89):
                 continue
-            for config in self.ragged.configs(precision, trials=True):
+            for config in self.ragged.configs(precision):
                 if _is_worth_it(config):
                     name = f"{precision} {gpu_attention.describe(config)}"
                     self.ways.append(Way("fp8" if precision == "fp8" else "bf16", config, name))
-        for tile in gpu_pages.tiles(self.step.key, trials=True) if has_pages else []:
+        for tile in gpu_pages.tiles(self.step.key) if has_pages else []:
             if _is_worth_it(tile):
                 self.ways.append(Way("paged", tile, f"paged {gpu_pages.describe(tile)}"))
         self._dense: dict[tuple[int, Kind], Callable[[DenseConfig], Launch]] = {}
@@ -155,8 +149,8 @@ class Size:
     def timed(self, ceilings: Ceilings) -> Iterator[Figure]:
         """Each way alone, the fastest of each kind first; then the first few in turn."""
         for shape, (problem, pages) in self.problems.items():
-            ranked: dict[str, list[tuple[float, str]]] = {}
-            launches: dict[str, tuple[Launch, Way]] = {}
+            ranked: dict[Kind, list[tuple[float, str]]] = {}
+            launches: dict[str, Launch] = {}
             figures = []
             for way in self.ways:
                 if not way.figure.holds:
@@ -167,34 +161,29 @@ class Size:
                 figure.samples_ms = [milliseconds]
                 figures.append((way.kind, milliseconds, figure))
                 if milliseconds < float("inf"):
-                    launches[way.name] = launch, way
-                    for kind in [way.kind] if way.is_new else [way.kind, f"{way.kind} before"]:
-                        ranked.setdefault(kind, []).append((milliseconds, way.name))
+                    launches[way.name] = launch
+                    ranked.setdefault(way.kind, []).append((milliseconds, way.name))
             yield from (figure for _, _, figure in sorted(figures, key=lambda one: one[:2]))
             # What is timed alone, later and later on a hotter card, is not quite comparable: the first few run again.
             first = {kind: [name for _, name in sorted(times)[:_FINALISTS]] for kind, times in ranked.items()}
-            names = dict.fromkeys(name for finalists in first.values() for name in finalists)
-            samples = interleaved({name: launches[name][0].run for name in names})
-            found: dict[str, Figure] = {}
+            samples = interleaved({name: launches[name].run for finalists in first.values() for name in finalists})
+            found: dict[Kind, Figure] = {}
             for kind, finalists in first.items():
                 best = min(finalists, key=lambda name: statistics.median(samples[name]))
-                found[kind] = self._figure(f"BEST {kind}", shape, problem, launches[best][1].kind, ceilings)
+                found[kind] = self._figure(f"BEST {kind}", shape, problem, kind, ceilings)
                 found[kind].samples_ms, found[kind].note = samples[best], best
             yield from self._ratios(found)
             if "paged" in found:
                 yield self._list(shape, pages)
 
-    def _ratios(self, found: dict[str, Figure]) -> Iterator[Figure]:
+    def _ratios(self, found: dict[Kind, Figure]) -> Iterator[Figure]:
         """The best of each kind with what they are measured against."""
-        rivals = (("fp8", "bf16", FP8_OVER_BF16), ("paged", "bf16", PAGED_OVER_DENSE))
-        for name, figure in found.items():
-            for kind, other, aim in rivals:
-                if name.startswith(kind) and other in found:
-                    ratio = (found[other].p50 or 0.0) / (figure.p50 or float("inf"))
-                    figure.versus[f"{other} (aim {aim}: {'met' if ratio >= aim else 'missed'})"] = ratio
-            if f"{name} before" in found:
-                ratio = (found[f"{name} before"].p50 or 0.0) / (figure.p50 or float("inf"))
-                figure.versus["as before"] = ratio
+        aims: dict[Kind, float] = {"fp8": FP8_OVER_BF16, "paged": PAGED_OVER_DENSE}
+        for kind, figure in found.items():
+            if kind in aims and "bf16" in found:
+                aim = aims[kind]
+                ratio = (found["bf16"].p50 or 0.0) / (figure.p50 or float("inf"))
+                figure.versus[f"bf16 (aim {aim}: {'met' if ratio >= aim else 'missed'})"] = ratio
             yield figure
 
     def _list(self, shape: str, pages: Pages) -> Figure:

@@ -33,7 +33,6 @@ class LaunchConfig:
         in_turn: Whether the warps of a specialised program multiply in turn.
         overlaps: Whether SiLU of one tile is held before the wait for the products of the last.
         listed: Whether a specialised program takes its tiles of queries from a list, or searches for each.
-        by_head: Whether all listed tiles of one head come before the next head's: fewer keys are in use at once.
     """
 
     block_m: int
@@ -45,7 +44,6 @@ class LaunchConfig:
     in_turn: bool = False
     overlaps: bool = False
     listed: bool = False
-    by_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,8 @@ def candidate_tiles(key: LaunchKey) -> list[LaunchConfig]:
     return [LaunchConfig(*tile) for tile in dict.fromkeys(tiles)]
 
 
-def specialised_tiles(key: LaunchKey, trials: bool = False) -> list[LaunchConfig]:
-    """Tiles of the specialised variant worth measuring on Hopper, with one split; none where it is not built.
-
-    With ``trials`` also those that no GPU has run yet, for benchmarks that check what they time.
-    """
+def specialised_tiles(key: LaunchKey) -> list[LaunchConfig]:
+    """Tiles of the specialised variant worth measuring on Hopper, with one split; none where it is not built."""
     if key.head_size not in dense_configs.SPECIALISED_SIZES or key.dtype.itemsize != 2 or key.has_bias:
         return []
     if key.token_class < 256 or key.block_size not in (16, 32, 64, 128):
@@ -128,9 +123,8 @@ def specialised_tiles(key: LaunchKey, trials: bool = False) -> list[LaunchConfig
         [] if key.head_size == 64 else [LaunchConfig(*tiles[0], variant="specialised", in_turn=key.head_size == 128)]
     )
     return found + [
-        LaunchConfig(*tile, variant="specialised", in_turn=in_turn, overlaps=overlaps, listed=True, by_head=by_head)
+        LaunchConfig(*tile, variant="specialised", in_turn=in_turn, overlaps=overlaps, listed=True)
         for tile in tiles
-        for by_head in ((False, True) if trials else (False,))
         for in_turn, overlaps in ((False, False), (True, False), (False, True))
     ]
 

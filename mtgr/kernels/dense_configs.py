@@ -31,8 +31,6 @@ class DenseConfig:
         in_turn: Whether the warps of a specialised program multiply in turn.
         overlaps: Whether SiLU of one tile is held before the wait for the products of the last.
         packed: Whether a specialised program rounds weights to FP8 four at a time, as operands.
-        polynomial: Quarters of packed weights whose SiLU is a polynomial, which needs no special function unit.
-        ahead: Whether a specialised program reads what it must know of an item during the one before.
     """
 
     variant: Variant
@@ -43,8 +41,6 @@ class DenseConfig:
     in_turn: bool = False
     overlaps: bool = False
     packed: bool = False
-    polynomial: int = 0
-    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,11 +97,8 @@ def remember(key: DenseKey, config: DenseConfig) -> None:
     _chosen[key] = config
 
 
-def candidates(key: DenseKey, trials: bool = False) -> list[DenseConfig]:
-    """Configurations worth measuring, the safest first; on chips of less shared memory some fail to launch.
-
-    With ``trials`` also those that no GPU has run yet, for benchmarks that check what they time.
-    """
+def candidates(key: DenseKey) -> list[DenseConfig]:
+    """Configurations worth measuring, the safest first; on chips of less shared memory some fail to launch."""
     head_size = key.head_size
     if key.dtype == torch.float32:
         size = 16 if head_size > 128 else 32
@@ -117,8 +110,7 @@ def candidates(key: DenseKey, trials: bool = False) -> list[DenseConfig]:
         return [DenseConfig("pointers", *tile) for tile in _older_tiles(head_size)]
     found = [DenseConfig("descriptors", *tile) for tile in _tiles(head_size, is_fp8)]
     if key.capability == 90 and head_size in SPECIALISED_SIZES:
-        ways = _specialised(head_size, is_fp8)
-        found += ways if trials else [way for way in ways if not (way.polynomial or way.ahead)]
+        found += _specialised(head_size, is_fp8)
     if not is_fp8 and head_size <= 128:
         found.append(DenseConfig("pointers", 128, 64, 8, 3))
     if key.length_class == LENGTH_CLASSES[0]:
@@ -166,16 +158,9 @@ def _specialised(head_size: int, is_fp8: bool) -> list[DenseConfig]:
         }
         # Below heads of 256 the special function unit takes as long as the tensor cores, or longer.
         ways = [(False, False), (False, True)] if head_size == 256 else [(True, False), (False, True)]
-        if head_size == 256:
-            shares = [(0, False), (0, True), (2, True)]
-        else:
-            shares = [(0, False), (2, False), (1, True), (2, True), (3, True)]
         return [
-            DenseConfig(
-                "specialised", *tile, in_turn=in_turn, overlaps=overlaps, packed=True, polynomial=share, ahead=ahead
-            )
+            DenseConfig("specialised", *tile, in_turn=in_turn, overlaps=overlaps, packed=True)
             for tile in tiles[head_size]
-            for share, ahead in shares
             for in_turn, overlaps in ways
         ]
     tiles = {
@@ -184,12 +169,7 @@ def _specialised(head_size: int, is_fp8: bool) -> list[DenseConfig]:
         256: [(128, 64, 4, 2)],
     }
     return [
-        DenseConfig("specialised", *tile, in_turn=in_turn, overlaps=overlaps, ahead=ahead)
+        DenseConfig("specialised", *tile, in_turn=in_turn, overlaps=overlaps)
         for tile in tiles[head_size]
-        for in_turn, overlaps, ahead in (
-            (False, False, False),
-            (True, False, False),
-            (False, True, False),
-            (head_size < 256, False, True),
-        )
+        for in_turn, overlaps in ((False, False), (True, False), (False, True))
     ]

@@ -29,25 +29,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mtgr.kernels.configs import LaunchConfig
 from mtgr.kernels.dense_configs import DenseConfig
 from mtgr.kernels.dense_fp8 import SCALE_ROWS
-from mtgr.kernels.silu_polynomial import BOUND, COEFFICIENTS, pair_of_halves
 
 # Triton 3.7 calls it otherwise than 3.6.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 _SCALE_ROWS = gl.constexpr(SCALE_ROWS)
-
-# ``silu_polynomial`` of two numbers at a time. What depends on the tile's factor alone, the assembler computes once.
-_POLYNOMIAL = gl.constexpr(
-    "{\n.reg .b32 x, a, q, f, c;\n"
-    "cvt.rn.f16x2.f32 x, $2, $1;\ncvt.rn.f16x2.f32 f, $3, $3;\n"
-    f"abs.f16x2 a, x;\nmov.b32 c, {pair_of_halves(BOUND)};\nmin.f16x2 a, a, c;\n"
-    f"mov.b32 c, {pair_of_halves(COEFFICIENTS[-1])};\nmul.rn.f16x2 q, f, c;\n"
-    + "".join(
-        f"mov.b32 c, {pair_of_halves(one)};\nmul.rn.f16x2 c, f, c;\nfma.rn.f16x2 q, q, a, c;\n"
-        for one in COEFFICIENTS[-2::-1]
-    )
-    + "add.rn.f16x2 f, f, f;\nmov.b32 c, 0;\nfma.rn.relu.f16x2 x, x, f, c;\nfma.rn.f16x2 $0, q, a, x;\n}"
-)
 
 # Bytes of shared memory that a program's tiles may take; its barriers take the rest of 227 KiB.
 _SHARED_BYTES = 226 << 10
@@ -129,80 +115,23 @@ def silu_of_double(half):
 
 
 @gluon.jit
-def two_weights(first, second, value_factor, is_polynomial: gl.constexpr):
-    """SiLU(2 x) times a factor, of two numbers: two in FP32, or by a polynomial two of FP16 in an INT32."""
-    if is_polynomial:
-        weights = gl.inline_asm_elementwise(
-            _POLYNOMIAL, "=r,f,f,f", [first, second, value_factor], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        weights = (silu_of_double(first) * value_factor, silu_of_double(second) * value_factor)
-    return weights
-
-
-@gluon.jit
-def rounded_weights(low, high, low_is_polynomial: gl.constexpr, high_is_polynomial: gl.constexpr):
-    """Two results of ``two_weights`` as four e4m3 in an INT32."""
-    if low_is_polynomial and high_is_polynomial:
-        rounded = gl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f16x2 low, $1;
-            cvt.rn.satfinite.e4m3x2.f16x2 high, $2;
-            mov.b32 $0, {low, high};
-            }""",
-            "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    elif high_is_polynomial:
-        rounded = gl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f16x2 high, $3;
-            mov.b32 $0, {low, high};
-            }""",
-            "=r,f,f,r", [low[0], low[1], high], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        rounded = gl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-            mov.b32 $0, {low, high};
-            }""",
-            "=r,f,f,f,f", [low[0], low[1], high[0], high[1]], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return rounded
-
-
-@gluon.jit
-def quarters_of_weights(half, value_factor, block_n: gl.constexpr, polynomial: gl.constexpr):
-    """SiLU of FP32 [64, block_n] times a factor: ``two_weights`` of four quarters, ``polynomial`` of them by one."""
-    first, second = pair_keys(half, block_n).reshape([64, block_n // 4, 2, 2]).split()
-    a, c = first.split()
-    b, d = second.split()
-    a0, a1 = a.reshape([64, block_n // 32, 2, 4]).permute([0, 1, 3, 2]).split()
-    b0, b1 = b.reshape([64, block_n // 32, 2, 4]).permute([0, 1, 3, 2]).split()
-    c0, c1 = c.reshape([64, block_n // 32, 2, 4]).permute([0, 1, 3, 2]).split()
-    d0, d1 = d.reshape([64, block_n // 32, 2, 4]).permute([0, 1, 3, 2]).split()
-    return (
-        two_weights(a0, b0, value_factor, polynomial > 3),
-        two_weights(c0, d0, value_factor, polynomial > 0),
-        two_weights(a1, b1, value_factor, polynomial > 2),
-        two_weights(c1, d1, value_factor, polynomial > 1),
-    )
-
-
-@gluon.jit
-def packed_weights(quarters, block_n: gl.constexpr, polynomial: gl.constexpr):
-    """To e4m3, INT32 [64, block_n / 4]: the registers of an operand, in the order of ``dense_fp8``.
+def packed_weights(weights, block_n: gl.constexpr):
+    """FP32 to e4m3, INT32 [64, block_n / 4]: the registers of an operand, in the order of ``dense_fp8``.
 
     What a loop hands on as bytes, the compiler would take apart at its end and put together at its beginning.
     """
-    even = rounded_weights(quarters[0], quarters[1], polynomial > 3, polynomial > 0)
-    odd = rounded_weights(quarters[2], quarters[3], polynomial > 2, polynomial > 1)
-    return gl.join(even, odd).permute([0, 1, 3, 2]).reshape([64, block_n // 4])
+    first, second = pair_keys(weights, block_n).reshape([64, block_n // 4, 2, 2]).split()
+    a, c = first.split()
+    b, d = second.split()
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -224,8 +153,8 @@ def pair_keys(tile, block_n: gl.constexpr):
 
 @gluon.jit
 def weights_of(logits, factor, value_factor, low, high, first_key, masked: gl.constexpr, is_fp8: gl.constexpr,
-               packed: gl.constexpr, polynomial: gl.constexpr, dtype: gl.constexpr, block_n: gl.constexpr,
-               layout: gl.constexpr, operand: gl.constexpr):  # fmt: skip
+               packed: gl.constexpr, dtype: gl.constexpr, block_n: gl.constexpr, layout: gl.constexpr,
+               operand: gl.constexpr):  # fmt: skip
     """SiLU of a tile, 0 where a key is not in a query's low .. high - 1: the second product's operand.
 
     With ``packed`` what ``packed_weights`` takes.
@@ -238,7 +167,7 @@ def weights_of(logits, factor, value_factor, low, high, first_key, masked: gl.co
         logits = gl.where(inside, logits, 0.0)
     half = logits * factor
     if packed:
-        weights = quarters_of_weights(half, value_factor, block_n, polynomial)
+        weights = silu_of_double(half) * value_factor
     elif is_fp8:
         weights = pair_keys((silu_of_double(half) * value_factor).to(dtype), block_n)
         weights = gl.convert_layout(weights, operand, assert_trivial=True)
@@ -266,8 +195,7 @@ def attend_item(q_buffers, k_buffers, v_buffers, barriers, part: gl.constexpr, g
                 total, key_tiles, whole_tiles, first_key, num_keys, lanes, own_end, seen,
                 factor, value_factor, scales, context_row, own_row, stride_scale_kind,
                 head_size: gl.constexpr, block_n: gl.constexpr, stages: gl.constexpr, q_stages: gl.constexpr,
-                is_fp8: gl.constexpr, packed: gl.constexpr, polynomial: gl.constexpr, overlaps: gl.constexpr,
-                clears: gl.constexpr):  # fmt: skip
+                is_fp8: gl.constexpr, packed: gl.constexpr, overlaps: gl.constexpr, clears: gl.constexpr):  # fmt: skip
     """What a warpgroup does for its 64 queries of one item, which has at least one tile.
 
     ``total`` tiles come out of the ring: ``key_tiles`` of the context, whose first key is ``first_key``, of which all
@@ -302,10 +230,10 @@ def attend_item(q_buffers, k_buffers, v_buffers, barriers, part: gl.constexpr, g
     is_own = key_tiles == 0
     weights = weights_of(
         logits, key_factor, tile_factor, gl.where(is_own, lanes, 0), gl.where(is_own, own_end, seen),
-        gl.where(is_own, 0, first_key), True, is_fp8, packed, polynomial, dtype, block_n, layout, operand,
+        gl.where(is_own, 0, first_key), True, is_fp8, packed, dtype, block_n, layout, operand,
     )  # fmt: skip
     if packed:
-        weights = packed_weights(weights, block_n, polynomial)
+        weights = packed_weights(weights, block_n)
     for index in range(1, whole_tiles):
         if is_fp8:
             block = (context_row + index * block_n) // _SCALE_ROWS
@@ -328,27 +256,14 @@ def attend_item(q_buffers, k_buffers, v_buffers, barriers, part: gl.constexpr, g
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(k_empty.index(k_stage), count=1)
         following = weights_of(
-            logits,
-            key_factor,
-            tile_factor,
-            lanes,
-            seen,
-            0,
-            False,
-            is_fp8,
-            packed,
-            polynomial,
-            dtype,
-            block_n,
-            layout,
-            operand,
+            logits, key_factor, tile_factor, lanes, seen, 0, False, is_fp8, packed, dtype, block_n, layout, operand
         )
         if overlaps:
             # It has passed. But without a branch the assembler would wait for the product before it computes SiLU.
             mbarrier.wait(v_full.index(v_stage), v_phase)
         attended = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(v_empty.index(v_stage), count=1)
-        weights = packed_weights(following, block_n, polynomial) if packed else following
+        weights = packed_weights(following, block_n) if packed else following
         k_stage, k_phase = next_stage(k_stage, k_phase, stages)
         v_stage, v_phase = next_stage(v_stage, v_phase, stages)
     for index in range(gl.maximum(whole_tiles, 1), total):
@@ -380,11 +295,11 @@ def attend_item(q_buffers, k_buffers, v_buffers, barriers, part: gl.constexpr, g
         mbarrier.arrive(k_empty.index(k_stage), count=1)
         following = weights_of(
             logits, key_factor, tile_factor, gl.where(is_own, lanes, 0), gl.where(is_own, own_end, seen),
-            gl.where(is_own, key, first_key + key), True, is_fp8, packed, polynomial, dtype, block_n, layout, operand,
+            gl.where(is_own, key, first_key + key), True, is_fp8, packed, dtype, block_n, layout, operand,
         )  # fmt: skip
         attended = warpgroup_mma_wait(0, deps=[adding])
         mbarrier.arrive(v_empty.index(v_stage), count=1)
-        weights = packed_weights(following, block_n, polynomial) if packed else following
+        weights = packed_weights(following, block_n) if packed else following
         k_stage, k_phase = next_stage(k_stage, k_phase, stages)
         v_stage, v_phase = next_stage(v_stage, v_phase, stages)
     mbarrier.arrive(q_empty.index(q_stage), count=1)
@@ -421,7 +336,7 @@ def programs_for(items: int, device: torch.device) -> int:
 
 def query_stages(config: DenseConfig | LaunchConfig, head_size: int, itemsize: int) -> int:
     """How many items' queries a program holds: two where there is room, but in configurations of old."""
-    is_old = not (config.overlaps or any(getattr(config, way, False) for way in ("packed", "listed", "ahead")))
+    is_old = not (config.overlaps or getattr(config, "packed", False) or getattr(config, "listed", False))
     rows = 2 * config.block_m + 2 * config.num_stages * config.block_n
     return 1 if is_old or rows * head_size * itemsize > _SHARED_BYTES else 2
 

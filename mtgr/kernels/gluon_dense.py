@@ -37,15 +37,13 @@ _RESIDENT = 24 << 20
 
 
 @gluon.jit
-def _fields(turn, num_items, tiles, num_heads, num_sequences, group, sequences, max_context,
-            block_m: gl.constexpr):  # fmt: skip
-    """What a program does in its ``turn``, of which nothing is there yet when this is done.
-
-    Tiles that see most come first, forth and back so that all get like amounts.
+def _item(turn, num_items, tiles, num_heads, num_sequences, group, sequences, max_context, padded_context,
+          padded_candidates, block_m: gl.constexpr, block_n: gl.constexpr):  # fmt: skip
+    """What a program does in its ``turn``: tiles that see most first, forth and back so that all get like amounts.
 
     Returns:
-        head, whether there is an item, whether its tile is of candidates, its first token; static tokens, context
-        tokens, the row of the context, tokens of its part, the part's row in q, k and v and in the output.
+        head, whether the tile is of candidates, its first token, its row in q, k and v and in the output, the row of
+        the context, tokens of its part, rows to write, static tokens, context tokens, tiles of keys, tiles of own keys.
     """
     item = place_of(turn)
     valid = item < num_items
@@ -56,48 +54,34 @@ def _fields(turn, num_items, tiles, num_heads, num_sequences, group, sequences, 
     members = gl.minimum(group, pairs - first_pair)
     tile = tiles - 1 - rest // members
     pair = first_pair + rest % members
+    head = pair % num_heads
     fields = sequences + pair // num_heads * 7
+    context = gl.load(fields + 1)
+    static = gl.minimum(gl.load(fields), context)
+    context_row = gl.load(fields + 3)
     context_tiles = (max_context + block_m - 1) // block_m
     is_candidate = tile >= context_tiles
     first = gl.where(is_candidate, tile - context_tiles, tile) * block_m
     part = is_candidate.to(gl.int32)
-    return (
-        pair % num_heads,
-        valid,
-        is_candidate,
-        first,
-        gl.load(fields),
-        gl.load(fields + 1),
-        gl.load(fields + 3),
-        gl.load(fields + 1 + part),
-        gl.load(fields + 3 + part),
-        gl.load(fields + 5 + part),
-    )
-
-
-@gluon.jit
-def _extent(valid, is_candidate, first, static, context, length, block_m: gl.constexpr, block_n: gl.constexpr):
-    """Static tokens, tiles of keys, tiles of own keys."""
-    static = gl.minimum(static, context)
+    length = gl.load(fields + 1 + part)
+    row = gl.load(fields + 3 + part) + first
+    out_row = gl.load(fields + 5 + part) + first
+    written = gl.maximum(length, gl.where(is_candidate, padded_candidates, padded_context))
+    written = gl.where(valid, written, 0)
     last = gl.minimum(first + block_m, length)
     num_keys = gl.where(is_candidate, context, gl.maximum(last, static))
     some = valid & (first < length)
     key_tiles = gl.where(some, (num_keys + block_n - 1) // block_n, 0)
     own_tiles = gl.where(some & is_candidate, (last - first + block_n - 1) // block_n, 0)
-    return static, key_tiles, own_tiles
+    return (head, is_candidate, first, row, out_row, context_row, length, written, static, context, key_tiles,
+            own_tiles)  # fmt: skip
 
 
 @gluon.jit
-def _scales(entry, scales, stride_scale_kind, stride_scale_head, part: gl.constexpr, block_m: gl.constexpr,
-            scale_blocks: gl.constexpr):  # fmt: skip
-    """Scales of an item of ``_fields``, of which nothing is there yet when this is done.
-
-    Returns:
-        Those of the context's values; that of a warpgroup's queries; those of the first and last own value, or 0.
-    """
-    head, valid, is_candidate, first, _, context, context_row, length, part_row, _ = entry
-    own_scales = scales + head * stride_scale_head
-    of_values = own_scales + 2 * stride_scale_kind
+def _scales(scales, stride_scale_kind, first, row, context_row, length, context, total, own_tiles,
+            part: gl.constexpr, block_m: gl.constexpr, scale_blocks: gl.constexpr):  # fmt: skip
+    """Of an item the scale of a warpgroup's queries, and the largest of its values' scales."""
+    of_values = scales + 2 * stride_scale_kind
     spread: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
     blocks = gl.arange(0, scale_blocks, gl.SliceLayout(0, spread))
     several = gl.load(
@@ -105,16 +89,14 @@ def _scales(entry, scales, stride_scale_kind, stride_scale_head, part: gl.conste
         mask=blocks < (context + _SCALE_ROWS - 1) // _SCALE_ROWS,
         other=0.0,
     )
-    row = part_row + first
-    some = valid & (first < length)
-    present = valid & (first + part * 64 < length)
-    of_queries = gl.load(own_scales + (row + part * 64) // _SCALE_ROWS, mask=present, other=0.0)
-    of_own = gl.load(of_values + row // _SCALE_ROWS, mask=some & is_candidate, other=0.0)
-    of_last = of_own
+    present = (total > 0) & (first + part * 64 < length)
+    of_queries = gl.load(scales + (row + part * 64) // _SCALE_ROWS, mask=present, other=0.0)
+    of_own = gl.load(of_values + row // _SCALE_ROWS, mask=own_tiles > 0, other=0.0)
     if block_m > _SCALE_ROWS:
         last_row = row + gl.minimum(block_m, length - first) - 1
-        of_last = gl.load(of_values + last_row // _SCALE_ROWS, mask=some & is_candidate, other=0.0)
-    return several, of_queries, of_own, of_last
+        of_last = gl.load(of_values + last_row // _SCALE_ROWS, mask=own_tiles > 0, other=0.0)
+        of_own = gl.maximum(of_own, of_last)
+    return of_queries, gl.maximum(gl.max(several, axis=0), of_own)
 
 
 @gluon.jit
@@ -129,11 +111,9 @@ def _load_tiles(head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.cons
     q_stage = 0
     q_phase = 0
     for turn in range(0, turns):
-        head, valid, is_candidate, first, static, context, context_row, length, row, out_row = _fields(
-            turn, num_items, tiles, num_heads, num_sequences, group, sequences, max_context, block_m
-        )
-        row += first
-        static, key_tiles, own_tiles = _extent(valid, is_candidate, first, static, context, length, block_m, block_n)
+        (head, is_candidate, first, row, out_row, context_row, length, written, static, context, key_tiles,
+         own_tiles) = _item(turn, num_items, tiles, num_heads, num_sequences, group, sequences, max_context,
+                            padded_context, padded_candidates, block_m, block_n)  # fmt: skip
         total = key_tiles + own_tiles
         if total > 0:
             load_queries(q, row, head, head_columns_q, q_full, q_empty, q_buffers, q_stage, q_phase, groups)
@@ -151,11 +131,10 @@ def _load_tiles(head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.cons
 @gluon.jit
 def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr,
                   stages: gl.constexpr, q_stages: gl.constexpr, scale_blocks: gl.constexpr, is_fp8: gl.constexpr,
-                  packed: gl.constexpr, polynomial: gl.constexpr, ahead: gl.constexpr, overlaps: gl.constexpr,
-                  in_turn: gl.constexpr, out, scales, barriers, q_buffers, k_buffers, v_buffers, turns, num_items,
-                  tiles, num_heads, num_sequences, group, sequences, max_context, padded_context, padded_candidates,
-                  factor, out_factor, stride_out_row, stride_out_head, stride_scale_kind,
-                  stride_scale_head):  # fmt: skip
+                  packed: gl.constexpr, overlaps: gl.constexpr, in_turn: gl.constexpr, out, scales, barriers,
+                  q_buffers, k_buffers, v_buffers, turns, num_items, tiles, num_heads, num_sequences, group,
+                  sequences, max_context, padded_context, padded_candidates, factor, out_factor, stride_out_row,
+                  stride_out_head, stride_scale_kind, stride_scale_head):  # fmt: skip
     """A warpgroup: 64 queries of every tile."""
     summed: gl.constexpr = 256 // k_buffers.dtype.primitive_bitwidth
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_size, summed])
@@ -167,21 +146,10 @@ def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.const
     v_phase = 0
     q_stage = 0
     q_phase = 0
-    if ahead:
-        entry = _fields(0, num_items, tiles, num_heads, num_sequences, group, sequences, max_context, block_m)
-        if is_fp8:
-            loaded = _scales(entry, scales, stride_scale_kind, stride_scale_head, part, block_m, scale_blocks)
     for turn in range(0, turns):
-        if not ahead:
-            entry = _fields(turn, num_items, tiles, num_heads, num_sequences, group, sequences, max_context, block_m)
-            if is_fp8:
-                loaded = _scales(entry, scales, stride_scale_kind, stride_scale_head, part, block_m, scale_blocks)
-        head, valid, is_candidate, first, static, context, context_row, length, row, out_row = entry
-        static, key_tiles, own_tiles = _extent(valid, is_candidate, first, static, context, length, block_m, block_n)
-        row += first
-        out_row += first
-        written = gl.maximum(length, gl.where(is_candidate, padded_candidates, padded_context))
-        written = gl.where(valid, written, 0)
+        (head, is_candidate, first, row, out_row, context_row, length, written, static, context, key_tiles,
+         own_tiles) = _item(turn, num_items, tiles, num_heads, num_sequences, group, sequences, max_context,
+                            padded_context, padded_candidates, block_m, block_n)  # fmt: skip
         total = key_tiles + own_tiles
         lanes = part * 64 + gl.arange(0, 64, rows_layout)
         seen = gl.where(is_candidate, context, gl.maximum(first + lanes + 1, static))
@@ -195,25 +163,20 @@ def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.const
         if is_fp8:
             # Relative to the sequence's largest, value scales lie in (0, 1] and go into the weights.
             own_scales = scales + head * stride_scale_head
-            largest = gl.maximum(gl.max(loaded[0], axis=0), gl.maximum(loaded[2], loaded[3]))
+            of_queries, largest = _scales(own_scales, stride_scale_kind, first, row, context_row, length, context,
+                                          total, own_tiles, part, block_m, scale_blocks)  # fmt: skip
             largest = gl.maximum(largest, 1e-30)
-            tile_factor = factor * loaded[1]
+            tile_factor = factor * of_queries
             value_factor = _WEIGHT_SCALE / largest
             tile_out_factor = out_factor * largest / _WEIGHT_SCALE
-        if ahead:
-            # The next item's fields come while this one is attended to, its scales while it is stored.
-            entry = _fields(turn + 1, num_items, tiles, num_heads, num_sequences, group, sequences, max_context,
-                            block_m)  # fmt: skip
         if total > 0:
             attended, order_phase, q_stage, q_phase, k_stage, k_phase, v_stage, v_phase = attend_item(
                 q_buffers, k_buffers, v_buffers, barriers, part, block_m // 64, in_turn,
                 order_phase, q_stage, q_phase, k_stage, k_phase, v_stage, v_phase,
                 total, key_tiles, whole_tiles, 0, context, lanes, lanes + 1, seen,
                 tile_factor, value_factor, own_scales, context_row, row, stride_scale_kind,
-                head_size, block_n, stages, q_stages, is_fp8, packed, polynomial, overlaps, False,
+                head_size, block_n, stages, q_stages, is_fp8, packed, overlaps, False,
             )  # fmt: skip
-        if ahead and is_fp8:
-            loaded = _scales(entry, scales, stride_scale_kind, stride_scale_head, part, block_m, scale_blocks)
         out_rows = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, out_layout))
         columns = gl.arange(0, head_size, gl.SliceLayout(0, out_layout))
         tokens = gl.expand_dims(first + out_rows, 1)
@@ -248,9 +211,8 @@ def specialised_attention_kernel(q, k, v, out, sequences, scales, turns, num_ite
                                  stride_scale_kind, stride_scale_head,
                                  head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr,
                                  stages: gl.constexpr, q_stages: gl.constexpr, scale_blocks: gl.constexpr,
-                                 is_fp8: gl.constexpr, packed: gl.constexpr, polynomial: gl.constexpr,
-                                 ahead: gl.constexpr, overlaps: gl.constexpr, in_turn: gl.constexpr,
-                                 num_warps: gl.constexpr):  # fmt: skip
+                                 is_fp8: gl.constexpr, packed: gl.constexpr, overlaps: gl.constexpr,
+                                 in_turn: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """Set up the buffers and their barriers and let the warps go their ways."""
     groups: gl.constexpr = block_m // 64
     dtype: gl.constexpr = q.dtype
@@ -270,9 +232,9 @@ def specialised_attention_kernel(q, k, v, out, sequences, scales, turns, num_ite
         gl.warp_specialize(
             [
                 (_attend_tiles, (0, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
-                                 polynomial, ahead, overlaps, in_turn) + attend),
+                                 overlaps, in_turn) + attend),
                 (_attend_tiles, (1, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
-                                 polynomial, ahead, overlaps, in_turn) + attend),
+                                 overlaps, in_turn) + attend),
                 (_load_tiles, (head_size, block_m, block_n, stages, q_stages, groups, is_fp8) + load),
             ],
             [4, 1], [240, 24],
@@ -281,11 +243,11 @@ def specialised_attention_kernel(q, k, v, out, sequences, scales, turns, num_ite
         gl.warp_specialize(
             [
                 (_attend_tiles, (0, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
-                                 polynomial, ahead, overlaps, in_turn) + attend),
+                                 overlaps, in_turn) + attend),
                 (_attend_tiles, (1, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
-                                 polynomial, ahead, overlaps, in_turn) + attend),
+                                 overlaps, in_turn) + attend),
                 (_attend_tiles, (2, head_size, block_m, block_n, stages, q_stages, scale_blocks, is_fp8, packed,
-                                 polynomial, ahead, overlaps, in_turn) + attend),
+                                 overlaps, in_turn) + attend),
                 (_load_tiles, (head_size, block_m, block_n, stages, q_stages, groups, is_fp8) + load),
             ],
             [4, 4, 1], [160, 160, 24],
@@ -367,8 +329,6 @@ def specialised_launch(
             "scale_blocks": triton.next_power_of_2(max(64, triton.cdiv(segments.max_context, SCALE_ROWS))),
             "is_fp8": is_fp8,
             "packed": is_fp8 and config.packed,
-            "polynomial": config.polynomial,
-            "ahead": config.ahead,
             "overlaps": config.overlaps,
             "in_turn": config.in_turn,
             "num_warps": config.num_warps,

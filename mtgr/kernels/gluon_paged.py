@@ -90,7 +90,7 @@ def _tiles(split, splits, num_keys, own_rows, has_own, block_n: gl.constexpr):
 
 
 @gluon.jit
-def _entry(turn, num_items, num_heads, splits, items, by_head: gl.constexpr, part: gl.constexpr):
+def _entry(turn, num_items, num_heads, splits, items, head_size: gl.constexpr, part: gl.constexpr):
     """What the list says of this program's item of a turn, of which nothing is there yet when this is done.
 
     Returns:
@@ -100,7 +100,8 @@ def _entry(turn, num_items, num_heads, splits, items, by_head: gl.constexpr, par
     item = place_of(turn)
     valid = item < num_items
     item = gl.where(valid, item, 0)
-    if by_head:
+    if head_size > 128:
+        # All tiles of a head first: keys and values of all heads may be more than the L2 cache holds.
         tiles = gl.maximum(num_items // (splits * num_heads), 1)
         head = item // (splits * tiles)
         tile = item // splits % tiles
@@ -142,11 +143,10 @@ def _blocks(table, index, first_tile, key_tiles, last_page, block_size: gl.const
 
 @gluon.jit
 def _load_tiles(head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr, padded_m: gl.constexpr,
-                stages: gl.constexpr, q_stages: gl.constexpr, listed: gl.constexpr, by_head: gl.constexpr,
-                block_size: gl.constexpr, q, k, v, cache, block_table, k_pages, v_pages, barriers, q_buffers,
-                k_buffers, v_buffers, items, turns, num_items, num_heads, num_tiles, splits, num_requests,
-                query_start, visible, is_candidate, stride_table, rows_block, rows_head, head_columns_q,
-                head_columns_k, head_columns_v):  # fmt: skip
+                stages: gl.constexpr, q_stages: gl.constexpr, listed: gl.constexpr, block_size: gl.constexpr, q, k, v,
+                cache, block_table, k_pages, v_pages, barriers, q_buffers, k_buffers, v_buffers, items, turns,
+                num_items, num_heads, num_tiles, splits, num_requests, query_start, visible, is_candidate,
+                stride_table, rows_block, rows_head, head_columns_q, head_columns_k, head_columns_v):  # fmt: skip
     """The loading warp."""
     _, q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     groups: gl.constexpr = block_m // 64
@@ -160,11 +160,11 @@ def _load_tiles(head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.cons
     if listed:
         num_items = gl.load(items) * num_heads * splits
         turns = (num_items + gl.num_programs(0) - 1) // gl.num_programs(0)
-        entry = _entry(0, num_items, num_heads, splits, items, by_head, 0)
+        entry = _entry(0, num_items, num_heads, splits, items, head_size, 0)
     for turn in range(0, turns):
         if listed:
             head, split, request, token, end, num_keys, has_own, seen_by_all = entry
-            entry = _entry(turn + 1, num_items, num_heads, splits, items, by_head, 0)
+            entry = _entry(turn + 1, num_items, num_heads, splits, items, head_size, 0)
             first_tile, key_tiles, own_tiles = _tiles(
                 split, splits, num_keys, gl.minimum(end - token, block_m), has_own != 0, block_n
             )
@@ -218,10 +218,9 @@ def _load_tiles(head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.cons
 @gluon.jit
 def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr,
                   padded_m: gl.constexpr, stages: gl.constexpr, q_stages: gl.constexpr, listed: gl.constexpr,
-                  by_head: gl.constexpr, overlaps: gl.constexpr, in_turn: gl.constexpr, out, barriers, q_buffers,
-                  k_buffers, v_buffers, items, turns, num_items, num_heads, num_tiles, splits, num_requests,
-                  query_start, visible, is_candidate, factor, out_factor, stride_out_row, stride_out_head,
-                  stride_split):  # fmt: skip
+                  overlaps: gl.constexpr, in_turn: gl.constexpr, out, barriers, q_buffers, k_buffers, v_buffers, items,
+                  turns, num_items, num_heads, num_tiles, splits, num_requests, query_start, visible, is_candidate,
+                  factor, out_factor, stride_out_row, stride_out_head, stride_split):  # fmt: skip
     """A warpgroup: 64 queries of every tile."""
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_size, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_n, 16]))
@@ -235,12 +234,12 @@ def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.const
     if listed:
         num_items = gl.load(items) * num_heads * splits
         turns = (num_items + gl.num_programs(0) - 1) // gl.num_programs(0)
-        entry = _entry(0, num_items, num_heads, splits, items, by_head, part)
+        entry = _entry(0, num_items, num_heads, splits, items, head_size, part)
         seen, own = _rows(entry[3], entry[4], part, visible, is_candidate, rows_layout)
     for turn in range(0, turns):
         if listed:
             head, split, request, token, end, num_keys, has_own, seen_by_all = entry
-            entry = _entry(turn + 1, num_items, num_heads, splits, items, by_head, part)
+            entry = _entry(turn + 1, num_items, num_heads, splits, items, head_size, part)
             first_tile, key_tiles, own_tiles = _tiles(
                 split, splits, num_keys, gl.minimum(end - token, block_m), has_own != 0, block_n
             )
@@ -264,7 +263,7 @@ def _attend_tiles(part: gl.constexpr, head_size: gl.constexpr, block_m: gl.const
                 order_phase, q_stage, q_phase, k_stage, k_phase, v_stage, v_phase,
                 total, key_tiles, whole_tiles, first_key, num_keys, lanes, own_end, seen,
                 factor, 1.0, out, 0, 0, 0,
-                head_size, block_n, stages, q_stages, False, False, 0, overlaps, True,
+                head_size, block_n, stages, q_stages, False, False, overlaps, True,
             )  # fmt: skip
         if listed:
             # The next item's come while this one's answers are stored.
@@ -300,8 +299,8 @@ def specialised_paged_kernel(q, k, v, cache, block_table, query_start, visible, 
                              stride_out_row, stride_out_head, stride_split,
                              head_size: gl.constexpr, block_m: gl.constexpr, block_n: gl.constexpr,
                              padded_m: gl.constexpr, stages: gl.constexpr, q_stages: gl.constexpr,
-                             block_size: gl.constexpr, listed: gl.constexpr, by_head: gl.constexpr,
-                             overlaps: gl.constexpr, in_turn: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
+                             block_size: gl.constexpr, listed: gl.constexpr, overlaps: gl.constexpr,
+                             in_turn: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """Set up the buffers and their barriers and let the warps go their ways."""
     groups: gl.constexpr = block_m // 64
     dtype: gl.constexpr = q.dtype
@@ -326,26 +325,24 @@ def specialised_paged_kernel(q, k, v, cache, block_table, query_start, visible, 
     if groups == 2:
         gl.warp_specialize(
             [
-                (_attend_tiles, (0, head_size, block_m, block_n, padded_m, stages, q_stages, listed, by_head,
-                                 overlaps, in_turn) + attend),
-                (_attend_tiles, (1, head_size, block_m, block_n, padded_m, stages, q_stages, listed, by_head,
-                                 overlaps, in_turn) + attend),
-                (_load_tiles, (head_size, block_m, block_n, padded_m, stages, q_stages, listed, by_head,
-                               block_size) + load),
+                (_attend_tiles, (0, head_size, block_m, block_n, padded_m, stages, q_stages, listed, overlaps,
+                                 in_turn) + attend),
+                (_attend_tiles, (1, head_size, block_m, block_n, padded_m, stages, q_stages, listed, overlaps,
+                                 in_turn) + attend),
+                (_load_tiles, (head_size, block_m, block_n, padded_m, stages, q_stages, listed, block_size) + load),
             ],
             [4, 1], [232, 40],
         )
     else:
         gl.warp_specialize(
             [
-                (_attend_tiles, (0, head_size, block_m, block_n, padded_m, stages, q_stages, listed, by_head,
-                                 overlaps, in_turn) + attend),
-                (_attend_tiles, (1, head_size, block_m, block_n, padded_m, stages, q_stages, listed, by_head,
-                                 overlaps, in_turn) + attend),
-                (_attend_tiles, (2, head_size, block_m, block_n, padded_m, stages, q_stages, listed, by_head,
-                                 overlaps, in_turn) + attend),
-                (_load_tiles, (head_size, block_m, block_n, padded_m, stages, q_stages, listed, by_head,
-                               block_size) + load),
+                (_attend_tiles, (0, head_size, block_m, block_n, padded_m, stages, q_stages, listed, overlaps,
+                                 in_turn) + attend),
+                (_attend_tiles, (1, head_size, block_m, block_n, padded_m, stages, q_stages, listed, overlaps,
+                                 in_turn) + attend),
+                (_attend_tiles, (2, head_size, block_m, block_n, padded_m, stages, q_stages, listed, overlaps,
+                                 in_turn) + attend),
+                (_load_tiles, (head_size, block_m, block_n, padded_m, stages, q_stages, listed, block_size) + load),
             ],
             [4, 4, 1], [152, 152, 40],
         )
@@ -427,7 +424,6 @@ def specialised_paged_launch(
             "q_stages": query_stages(config, head_size, q.dtype.itemsize),
             "block_size": block_size,
             "listed": items is not None,
-            "by_head": config.by_head,
             "overlaps": config.overlaps,
             "in_turn": config.in_turn,
             "num_warps": 4,

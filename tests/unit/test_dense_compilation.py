@@ -22,7 +22,6 @@ from mtgr.kernels.dense_fp8 import QuantisedHeads, aligned_segments
 from mtgr.kernels.dense_segments import padded_segments
 from mtgr.kernels.launch import Launch
 from mtgr.kernels.linear import BLOCK, QuantisedRows, QuantisedWeight
-from mtgr.kernels.silu_polynomial import COEFFICIENTS
 from mtgr.kernels.triton_fp8 import quantise_launch
 from mtgr.kernels.triton_linear import fp8_linear_launch, linear_launch, quantise_rows_launch, tiles
 from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, is_serialised, main_loop, stack
@@ -99,7 +98,7 @@ def test_attention_compiles(capability: int) -> None:
         for operands, head_size in [*FIRST_CHOICES, EVERY_CHOICE]:
             if operands == FP8 and capability < 90:
                 continue
-            choices = candidates(DenseKey(head_size, operands, capability, 4096), trials=True)
+            choices = candidates(DenseKey(head_size, operands, capability, 4096))
             for config in choices if (operands, head_size) == EVERY_CHOICE else choices[:1]:
                 launch = attention(head_size, operands, config)
                 compiled[f"{operands} {head_size} {config}"] = (operands, config, launch.compile())
@@ -128,9 +127,6 @@ PACKED = [
     (128, DenseConfig("specialised", 128, 128, 4, 4, in_turn=True, packed=True)),
     (128, DenseConfig("specialised", 192, 64, 4, 6, overlaps=True, packed=True)),
     (256, DenseConfig("specialised", 128, 128, 4, 2, overlaps=True, packed=True)),
-    (128, DenseConfig("specialised", 128, 128, 4, 4, in_turn=True, packed=True, polynomial=1)),
-    (128, DenseConfig("specialised", 192, 64, 4, 6, overlaps=True, packed=True, polynomial=2)),
-    (128, DenseConfig("specialised", 128, 128, 4, 4, overlaps=True, packed=True, polynomial=3)),
 ]
 
 
@@ -145,23 +141,17 @@ def test_weights_are_rounded_where_they_are_taken(
     assert stack(kernel) <= MAX_STACK
     loop = main_loop(kernel)
     weights = 64 * config.block_n // 128  # of a thread
-    by_polynomial = weights * config.polynomial // 4
-    assert sum("MUFU.TANH" in line for line in loop) == weights - by_polynomial
-    assert sum("E4M3.F32" in line and "F2FP" in line for line in loop) == (weights - by_polynomial) // 2
-    assert sum("E4M3.F16" in line and "F2FP" in line for line in loop) == by_polynomial // 2
-    # Two numbers take one operation a coefficient; of a tile's factor each takes one more.
-    halves = by_polynomial // 2 * len(COEFFICIENTS)
-    assert sum(line.startswith("HFMA2 ") or "HFMA2.MMA " in line for line in loop) == halves
-    assert sum("HMUL2" in line for line in loop) <= len(COEFFICIENTS) + 1
+    assert sum("MUFU.TANH" in line for line in loop) == weights
+    assert sum("E4M3.F32" in line and "F2FP" in line for line in loop) == weights // 2
     assert not [line for line in loop if "PRMT" in line]
     assert sum("STL" in line for line in loop) <= 2
     if config.overlaps:
         last_wait = max(index for index, line in enumerate(loop) if "WARPGROUP.DEPBAR" in line)
         before = sum("MUFU.TANH" in line for line in loop[:last_wait])
-        assert before == weights - by_polynomial
+        assert before == weights
 
 
-@pytest.mark.parametrize(("head_size", "config"), [*PACKED[:2], *PACKED[3:]], ids=str)
+@pytest.mark.parametrize(("head_size", "config"), PACKED[:2], ids=str)
 def test_every_weight_gets_to_its_byte(
     head_size: int, config: DenseConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -189,13 +179,9 @@ def operand_sources(assembly: str) -> list[int]:
     results = re.findall(r"%r\d+", products[-1 - count][0])
     copied = dict(re.findall(r"mov\.b32 (%r\d+), (%r\d+);", "\n".join(lines[:wait])))
     loop = "\n".join(lines[wait:end])
-    pair = r"\S+ %s, (%%r\d+)(?:, (%%r\d+))?;\s+"
-    rounded = pair % "low" + pair % "high" + r"mov\.b32 (%r\d+), \{low, high\}"
+    rounded = r"low, (%r\d+), (%r\d+);\s+\S+ high, (%r\d+), (%r\d+);\s+mov\.b32 (%r\d+), \{low, high\}"
     made = {found[4]: (found[1], found[0], found[3], found[2]) for found in re.findall(rounded, loop)}
     computed = dict(re.findall(r"(?:mul|fma\.rn|tanh\.approx)\.f32\s+(%r\d+), (.*);", loop))
-    # By a polynomial: FP16, two in a register.
-    halves = r"cvt\.rn\.f16x2\.f32 x, (%r\d+), (%r\d+);[^}]*fma\.rn\.f16x2 (%r\d+), q, a, x;"
-    two = {found[2]: (found[1], found[0]) for found in re.findall(halves, loop)}
 
     def source(register: str) -> int:
         while register not in results:
@@ -204,17 +190,7 @@ def operand_sources(assembly: str) -> list[int]:
             register = next(one for one in inputs if one in computed or one in results)
         return results.index(register)
 
-    def sources(first: str, second: str) -> tuple[int, int]:
-        """Of two e4m3 numbers, which come from two registers of FP32, or from one of FP16."""
-        if not first:
-            first, second = two[second]
-        return source(first), source(second)
-
-    found = []
-    for register in taken:
-        made_of = made[copied[register]]
-        found += [*sources(*made_of[:2]), *sources(*made_of[2:])]
-    return found
+    return [source(byte) for register in taken for byte in made[copied[register]]]
 
 
 def test_unaligned_rows_take_plain_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
