@@ -31,7 +31,7 @@ def serve_swap_blocks(copy: Copy | None = None) -> torch.library.Library | None:
         return None
     copied = _cuda_copy() if copy is None else copy
 
-    def swap_blocks_batch(sources: Tensor, targets: Tensor, sizes: Tensor, is_src_access_order_any: bool) -> None:
+    def swap_blocks_batch(sources: Tensor, targets: Tensor, sizes: Tensor, *unused: bool, **also: bool) -> None:
         for source, target, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
             copied(target, source, size)
 
