@@ -27,6 +27,10 @@ BATCH_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 # Batches that may be under way at a time: one computes, another is copied and queued behind it.
 DEPTH = 2
 
+# A capture holds everybody up for about as long as fifty batches take: a larger graph that is there serves, of up to
+# so many times the rows.
+_ROOM = 2.0
+
 # Launches before a capture: kernels are compiled, and libraries take their workspaces.
 _WARM_UPS = 2
 
@@ -58,6 +62,13 @@ class Shape:
     def rows(self) -> int:
         """Rows of both inputs."""
         return self.batch * (self.context + (self.candidates or 0))
+
+    def holds(self, other: Shape) -> bool:
+        """Whether a batch of another shape fits this one."""
+        if (self.candidates is None) != (other.candidates is None):
+            return False
+        long_enough = self.context >= other.context and (self.candidates or 0) >= (other.candidates or 0)
+        return self.batch >= other.batch and long_enough
 
 
 class Staging:
@@ -151,7 +162,9 @@ class Replay:
 
 
 class BucketGraphs:
-    """Graphs of a network by shape, captured at a shape's first batch; to be used by one thread at a time.
+    """Graphs of a network by shape; to be used by one thread at a time.
+
+    A shape is captured when it is asked for, or at its first batch if no graph that is there holds it well enough.
 
     Args:
         network: What is captured.
@@ -163,6 +176,7 @@ class BucketGraphs:
     def __init__(self, network: CompiledNetwork, width: int, device: torch.device, limit: int) -> None:
         self._network, self._width, self._device, self._limit = network, width, device, limit
         self._graphs: OrderedDict[Shape, _Captured] = OrderedDict()
+        self._serving: dict[Shape, Shape] = {}  # as found among the graphs that there are
         # Graphs run one after the other and their outputs are copied in the same order: all may use one memory.
         self._pool = torch.cuda.graph_pool_handle()
         # Pieces of every graph's host memory that no batch has: a batch takes one, whatever its graph.
@@ -180,7 +194,17 @@ class BucketGraphs:
                     self._graphs.popitem(last=False)
                 found = _Captured(self._network, shape, self._width, self._device, self._pool)
             self._graphs[shape] = found
+            self._serving.clear()
         self._graphs.move_to_end(shape)
+        return found
+
+    def serving(self, shape: Shape) -> Shape:
+        """The shape whose graph serves batches of ``shape``: the smallest that holds it and is there, or its own."""
+        found = self._serving.get(shape)
+        if found is None:
+            most = _ROOM * shape.rows
+            there = [one for one in self._graphs if one.holds(shape) and one.rows <= most]
+            found = self._serving[shape] = min(there, key=lambda one: one.rows, default=shape)
         return found
 
     def launch(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Replay:
@@ -188,7 +212,7 @@ class BucketGraphs:
         context, candidates = inputs["context"], inputs.get("candidates")
         operation = "retrieve" if candidates is None else "rank"
         count = 0 if candidates is None else candidates.shape[1]
-        shape = Shape.of(operation, len(context), context.shape[1], count)
+        shape = self.serving(Shape.of(operation, len(context), context.shape[1], count))
         piece = self._free.get()
         try:
             with torch.cuda.device(self._device):

@@ -34,6 +34,16 @@ class ContextScheduler(AsyncScheduler):
 
         coordinator.cache_blocks = cache_context
 
+    def add_request(self, request: Request) -> None:
+        """Take up a request; where pages go to the host's memory, those of its context alone."""
+        if self.connector is not None:
+            # The connector wants a hash of every whole page, candidates' too: one that is nobody else's.
+            hashes = request.block_hashes
+            pages = range(len(hashes), request.num_tokens // self.block_size)
+            hashes.extend(f"{request.request_id}, page {page}".encode() for page in pages)
+            request.kv_transfer_params = {"max_offload_tokens": context_tokens(request)}
+        super().add_request(request)
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Choose the requests of the next step."""
         if len(self.waiting) > 1:

