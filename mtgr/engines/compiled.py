@@ -41,7 +41,7 @@ def require_gpu(precision: CompiledPrecision, device: str) -> None:
 def _contexts(max_context: int) -> list[int]:
     """Padded lengths of contexts, the longest first."""
     longest = bucket(max_context, CONTEXT_BUCKETS)
-    return sorted((one for one in CONTEXT_BUCKETS if one <= longest), reverse=True)
+    return sorted({longest, *(one for one in CONTEXT_BUCKETS if one < longest)}, reverse=True)
 
 
 def frequent_shapes(max_context: int) -> Iterator[tuple[Operation, int, int, int]]:

@@ -310,6 +310,8 @@ def test_what_a_busy_server_meets_is_captured_at_the_start() -> None:
     for users_count, context, candidates in itertools.product(range(1, 9), (3, 700, 2000), (1, 200, 1024)):
         assert Shape.of("rank", users_count, context, candidates) in captured
     assert all(context <= 256 for _, _, context, _ in frequent_shapes(200))
+    # Two thousand events, those of the last minutes, and a profile.
+    assert max(context for _, _, context, _ in frequent_shapes(2101)) == 2176 == Shape.of("rank", 1, 2101, 16).context
 
 
 class Finished:

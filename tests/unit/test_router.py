@@ -296,7 +296,9 @@ def test_buckets_are_the_smallest_that_hold_a_length(buckets: tuple[int, ...]) -
     assert list(buckets) == sorted(set(buckets))
     for length in range(1, buckets[-1] + 1):
         assert bucket(length, buckets) == min(size for size in buckets if size >= length)
-    assert bucket(buckets[-1] + 1, buckets) == 2 * buckets[-1]
+    step = buckets[-1] // 16
+    for more, padded in ((1, step), (step, step), (step + 1, 2 * step), (buckets[-1], buckets[-1])):
+        assert bucket(buckets[-1] + more, buckets) == buckets[-1] + padded
 
 
 def test_padding_stands_on_the_right() -> None:
