@@ -2,7 +2,8 @@
 
 Three ways to the same ONNX engine on one server, in turn: ``direct`` calls it with ready rows; ``bare`` is an ensemble
 of as many Python models with as many tensors as the door's, which take ready rows from memory (``perf/bare_models``);
-``door`` is the real one. What separates bare from direct no feature code and no routing can win back.
+``door`` is the real one. What separates bare from direct no feature code and no routing can win back. Processor time
+says whose it is.
 
     python -m perf.bare_door --model-repository model_repository --out build/bare
 """
@@ -10,7 +11,9 @@ of as many Python models with as many tensors as the door's, which take ready ro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -28,11 +31,13 @@ from mtgr.features.packing import pack
 from mtgr.routing.strategies import STRATEGIES
 from mtgr.serving.server import DOOR_MODELS, TritonServer
 from perf.analyzer import Analyzer, find_analyzer
+from perf.processes import ServerProcesses
 from perf.record import describe
 from perf.workload import Visit, WorkloadConfig, door_steps, row_steps, stored_traffic, write_input
 
 BARE = Path(__file__).parent / "bare_models"
 WAYS = {"direct": STRATEGIES["onnx"].rank_model, "bare": "bare", "door": "mtgr"}
+_SHOWN_MS = 0.02
 _READY = 64  # requests whose rows the bare models have
 _NEEDED = ("user_id", "candidates", "request_time", "strategy")
 
@@ -60,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for level in levels:
                     visits = traffic.take(options.requests)
                     for way in WAYS:
-                        samples = _point(analyzer, server.grpc_url, bundle, way, visits, level, Path(directory))
+                        samples = _point(analyzer, server, bundle, way, visits, level, Path(directory))
                         if repeat >= 0:
                             points.append({"way": way, "concurrency": level, "repeat": repeat} | samples)
     print(table(points))
@@ -102,11 +107,23 @@ def table(points: Sequence[dict[str, Any]]) -> str:
             rates[way] = statistics.median(point["throughput"] for point in chosen)
             p50 = statistics.median(value for point in chosen for value in point["milliseconds"])
             lines.append(f"{level:8d} {way:>8} {rates[way]:10.1f} {p50:8.2f} {rates[way] / rates['direct']:10.2f}")
+    for way in WAYS:
+        chosen = [point["processor_ms"] for point in points if point["way"] == way]
+        names = sorted({name for point in chosen for name in point})
+        means = {name: statistics.fmean(point.get(name, 0.0) for point in chosen) for name in names}
+        spent = ", ".join(f"{name} {value:.2f}" for name, value in means.items() if value >= _SHOWN_MS)
+        lines.append(f"processor ms a request, {way}: {spent}")
     return "\n".join(lines)
 
 
 def _point(
-    analyzer: Analyzer, url: str, bundle: Bundle, way: str, visits: Sequence[Visit], level: int, folder: Path
+    analyzer: Analyzer,
+    server: TritonServer,
+    bundle: Bundle,
+    way: str,
+    visits: Sequence[Visit],
+    level: int,
+    folder: Path,
 ) -> dict[str, Any]:
     path = folder / f"{way}.json"
     if way == "direct":
@@ -114,13 +131,38 @@ def _point(
     else:
         steps = door_steps(visits, "onnx")
         write_input(path, (_needed(step) for step in steps) if way == "bare" else steps)
-    samples = analyzer.run(url, WAYS[way], path, len(visits), concurrency=level)
+    processes = ServerProcesses(server.pid)
+    before, client = processor_seconds(processes.processes()), _children_seconds()
+    samples = analyzer.run(server.grpc_url, WAYS[way], path, len(visits), concurrency=level)
     print(f"   {level:4d} {way:8} {len(visits) / samples.seconds:8.1f}/s", flush=True)
+    spent = {name: now - before.get(name, 0.0) for name, now in processor_seconds(processes.processes()).items()}
+    spent["perf_analyzer"] = _children_seconds() - client
     return {
+        "processor_ms": {name: round(1e3 * value / len(visits), 3) for name, value in spent.items() if value > 0},
         "throughput": len(samples.latencies_ms) / samples.seconds,
         "seconds": samples.seconds,
         "milliseconds": samples.latencies_ms,
     }
+
+
+def processor_seconds(pids: Sequence[int]) -> dict[str, float]:
+    """Processor time so far of Triton's process and of those of its Python models, by name."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    found: dict[str, float] = {}
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            models = [Path(word).parent.parent.name for word in words if word.endswith(("/model.py", "/model.onnx"))]
+            name = models[0] if models else Path(words[0]).name
+            found[name] = found.get(name, 0.0) + (int(fields[11]) + int(fields[12])) / ticks
+    return found
+
+
+def _children_seconds() -> float:
+    """Processor time of processes that this one has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _needed(step: Sequence[Tensor]) -> list[Tensor]:
