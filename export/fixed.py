@@ -60,7 +60,8 @@ def fixed_shapes(
     """
     for wanted, known, name in ((contexts, CONTEXT_BUCKETS, "context"), (candidates, CANDIDATE_BUCKETS, "candidates")):
         for size in wanted:
-            if size not in known:
+            # More candidates than the last bucket are split over calls; longer contexts are padded to other lengths.
+            if size not in known and (name == "candidates" or bucket(size, known) != size):
                 raise ConfigurationError(f"{size} is no bucket of {name}; choose among {', '.join(map(str, known))}.")
     if any(size < 1 for size in batches):
         raise ConfigurationError("a batch has at least one user.")

@@ -5,7 +5,9 @@ A wheel that has to fit a small transfer is left without them; the host offload 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -27,6 +29,8 @@ def serve_swap_blocks(copy: Copy | None = None) -> torch.library.Library | None:
     Returns:
         What the operator lives as long as; None if vLLM has its own.
     """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("vllm._custom_ops")  # which registers its own
     if hasattr(getattr(torch.ops, _NAMESPACE), _NAME):
         return None
     copied = _cuda_copy() if copy is None else copy

@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of perf.tensorrt_gpu")
     parser.add_argument("--until", type=float, help="seconds since 1970 at which what still runs is ended")
     parser.add_argument("--jobs", type=int, default=JOBS, help="builds at a time")
-    parser.add_argument("--way-seconds", type=float, default=float("inf"), help="for a way, unless it is the last one")
+    parser.add_argument(
+        "--way-seconds", type=float, default=float("inf"), help="of a process, after which the next way is tried"
+    )
     parser.add_argument("--only", help="one graph, in this very process")
     parser.add_argument("--resume", action="store_true", help="with --only: leave out ways up to where a build ended")
     parser.add_argument("--dry-run", action="store_true")
@@ -157,13 +159,13 @@ def _in_process(options: argparse.Namespace, entry: dict[str, Any]) -> int:
         try:
             status = subprocess.run(command, check=False, timeout=None if limit == float("inf") else limit).returncode
         except subprocess.TimeoutExpired:
-            ended = f"it was ended after {limit:.0f} s"
+            ended, is_over = f"it was ended after {limit:.0f} s", limit == left
         else:
             if status in (0, 1):
                 return status
-            ended = f"its process ended with status {status}"
+            ended, is_over = f"its process ended with status {status}", False
         print(f"   {entry['name']}: {options.step}: {ended}", flush=True)
-        if tries == 0 or limit == left or "begun" not in result_of(options, entry, options.step):
+        if tries == 0 or is_over or "begun" not in result_of(options, entry, options.step):
             problem = ended
         elif "--resume" not in command:
             command.append("--resume")

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="may be repeated")
     parser.add_argument("--preset", action="append", choices=preset_names(), help="of parity and crossover")
-    parser.add_argument("--context", type=int, action="append", help="tokens, of crossover and overhead")
+    parser.add_argument("--context", type=int, action="append", help="tokens, of crossover and, the first, of overhead")
     parser.add_argument("--kv-gib", type=int, help="memory of the cache, where engines share a GPU; all by default")
     parser.add_argument("--dtype", default=WIDE, help="precision; fp8 is FP8 in the blocks' products")
     parser.add_argument("--in-process", action="store_true", help="engines in threads of this process")
@@ -168,7 +168,7 @@ async def overhead(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     """What the engine adds to cached and to first requests beyond the GPU's work, which vLLM's profiler tells."""
     name, _ = variant.rsplit("-", 1)
     model = checkpoint(name, options.seed, wide(options.dtype))
-    (context,) = options.context or [1024]
+    context = (options.context or [1024])[0]
     users = (rows(model, context, CANDIDATES, options.seed + index) for index in itertools.count())
     first = next(users)
     table = {}
@@ -321,6 +321,7 @@ class Engine:
         """Milliseconds of the GPU by kernel or copy, of each of the ``PROFILED`` requests profiled last."""
         trace = max(self._traces.rglob("*.json.gz"), key=lambda path: path.stat().st_mtime_ns)
         if self._keep is not None:
+            self._keep.mkdir(parents=True, exist_ok=True)
             shutil.copy(trace, self._keep)
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
         total: dict[str, float] = {}

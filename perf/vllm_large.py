@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 def exported(folder: Path, options: argparse.Namespace) -> Path:
     """A repository of the door and vllm, with more users than any section asks for."""
     model = checkpoint(options.preset, options.seed, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    count = max(options.rounds + _WARMING, options.users)
+    count = max(2 * (options.rounds + _WARMING), options.users)
     users = {f"user-{index}": options.context for index in range(count)}
     settings = {"gpu_memory_utilization": 0.05, "block_size": options.block_size}
     repository = built_repository(folder, model, users, options.seed, ("vllm",), settings)
@@ -151,9 +151,9 @@ def door(repository: Path, options: argparse.Namespace) -> dict[str, Any]:
     kv_gib = 4 * (options.context + 1024) * token / (1 << 30)
     repositories = {name: changed(repository, name, kv_gib, changes) for name, changes in VARIANTS.items()}
     with serving(repositories, options.out) as servers:
-        samples = asyncio.run(_door(servers, repository, options))
-        with awake():
-            again = asyncio.run(_door(servers, repository, options))
+        samples = asyncio.run(_door(servers, repository, options, 0))
+        with awake():  # and other users, whom nothing knows either
+            again = asyncio.run(_door(servers, repository, options, options.rounds + _WARMING))
         samples |= {f"{name}{AWAKE}": found for name, found in again.items()}
     cached = options.context // options.block_size * options.block_size
     table = {}
@@ -170,18 +170,17 @@ def door(repository: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _door(
-    servers: Mapping[str, TritonServer], repository: Path, options: argparse.Namespace
+    servers: Mapping[str, TritonServer], repository: Path, options: argparse.Namespace, first: int
 ) -> dict[str, dict[str, list[float]]]:
     items = load_bundle(repository).catalog.raw_ids
     generator = np.random.default_rng(options.seed)
     samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "cached": []} for name in servers}
     clients = {name: AsyncMTGRClient(server.grpc_url, timeout=60) for name, server in servers.items()}
     try:
-        # Users of the first time have been displaced by as many others since.
         for index in range(options.rounds + _WARMING):
             for name, client in clients.items():
                 for state in ("cold", "cached", "cached", "cached"):
-                    taken = await rank_ms(client, request_of(f"user-{index}", items, generator))
+                    taken = await rank_ms(client, request_of(f"user-{first + index}", items, generator))
                     if index >= _WARMING:
                         samples[name][state].append(taken)
     finally:

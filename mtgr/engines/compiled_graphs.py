@@ -6,7 +6,7 @@ computes, in the order in which they came.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +27,10 @@ BATCH_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 # Batches that may be under way at a time: one computes, another is copied and queued behind it.
 DEPTH = 2
 
-# A capture holds everybody up for about as long as fifty batches take: a larger graph that is there serves, of up to
-# so many times the rows.
+# A capture holds everybody up for about as long as a hundred batches take: so often a larger graph that is there serves
+# first, of up to so many times the rows.
 _ROOM = 2.0
+_BORROWED = 100
 
 # Launches before a capture: kernels are compiled, and libraries take their workspaces.
 _WARM_UPS = 2
@@ -164,7 +165,8 @@ class Replay:
 class BucketGraphs:
     """Graphs of a network by shape; to be used by one thread at a time.
 
-    A shape is captured when it is asked for, or at its first batch if no graph that is there holds it well enough.
+    A shape is captured when it is asked for, at its first batch if no graph that is there holds it well enough, and
+    otherwise when so many of its batches have come that a graph of its own pays.
 
     Args:
         network: What is captured.
@@ -177,6 +179,7 @@ class BucketGraphs:
         self._network, self._width, self._device, self._limit = network, width, device, limit
         self._graphs: OrderedDict[Shape, _Captured] = OrderedDict()
         self._serving: dict[Shape, Shape] = {}  # as found among the graphs that there are
+        self._borrowed: Counter[Shape] = Counter()  # batches that went through a larger graph
         # Graphs run one after the other and their outputs are copied in the same order: all may use one memory.
         self._pool = torch.cuda.graph_pool_handle()
         # Pieces of every graph's host memory that no batch has: a batch takes one, whatever its graph.
@@ -190,21 +193,26 @@ class BucketGraphs:
         if found is None:
             with torch.cuda.device(self._device):
                 torch.cuda.current_stream().synchronize()  # the graph that is dropped may still run
+                self._serving.clear()
                 while len(self._graphs) >= self._limit:
                     self._graphs.popitem(last=False)
                 found = _Captured(self._network, shape, self._width, self._device, self._pool)
             self._graphs[shape] = found
-            self._serving.clear()
+            self._borrowed.pop(shape, None)
         self._graphs.move_to_end(shape)
         return found
 
     def serving(self, shape: Shape) -> Shape:
-        """The shape whose graph serves batches of ``shape``: the smallest that holds it and is there, or its own."""
+        """The shape whose graph serves a batch of ``shape``: the smallest that holds it and is there, or its own."""
         found = self._serving.get(shape)
         if found is None:
             most = _ROOM * shape.rows
             there = [one for one in self._graphs if one.holds(shape) and one.rows <= most]
             found = self._serving[shape] = min(there, key=lambda one: one.rows, default=shape)
+        if found != shape:
+            self._borrowed[shape] += 1
+            if self._borrowed[shape] > _BORROWED:
+                return shape
         return found
 
     def launch(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Replay:

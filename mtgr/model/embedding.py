@@ -82,7 +82,7 @@ class TokenEmbedding(nn.Module):
         first = rows[..., FIRST_COLUMN]
         # The first column names a profile value or an item; each table is asked for id 0 where it does not apply.
         values = torch.where(is_profile, first, 0)
-        if self.profiles is None:
+        if self.profiles is None or self.training:
             profile = self.profile_mlp(self.profile_table(values))
         else:
             profile = F.embedding(values, self.profiles)

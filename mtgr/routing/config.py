@@ -24,7 +24,8 @@ class RoutingConfig:
         max_batch: Most requests merged into one call of a dense engine.
         max_running: Calls that a dense engine is given at a time: as many as it has instances.
         max_tokens: Most tokens, padding included, in one call of a dense engine; bounds its memory.
-        context_buckets: Lengths that dense engines' contexts are padded to. Finer ones pad less and merge less.
+        context_buckets: Lengths that dense engines' contexts are padded to, longer ones to sixteenths of the last.
+            Finer ones pad less and merge less.
         candidate_buckets: Likewise for candidates; more than the last are split over calls.
         engine_timeout: Seconds for one call of an engine.
     """

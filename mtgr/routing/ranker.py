@@ -15,7 +15,7 @@ from mtgr.errors import UnavailableError
 from mtgr.features.candidates import CandidateState, candidate_rows
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.extract import Features
-from mtgr.routing.buckets import bucket, pad
+from mtgr.routing.buckets import CONTEXT_BUCKETS, bucket, pad
 from mtgr.routing.config import RoutingConfig
 from mtgr.routing.strategies import Strategy
 from mtgr.schema import Schema
@@ -71,6 +71,8 @@ class Ranker:
         self.catalog = catalog
         self.config = config
         self._weights = np.array(config.weights_of(schema.task_names))
+        # No plan takes more, whatever buckets a policy names.
+        self._longest = bucket(schema.max_context, CONTEXT_BUCKETS)
 
     async def serve(self, strategy: Strategy, features: Features, call: Call) -> Ranking:
         """Rank the request's candidates, or retrieve some and rank those.
@@ -80,7 +82,10 @@ class Ranker:
         """
         state = CandidateState.from_array(features.candidate_state, self.schema.epoch)
         rows = features.context
-        context = pad(rows, bucket(len(rows), self.config.context_buckets)) if strategy.padded else rows[None]
+        context = rows[None]
+        if strategy.padded:
+            length = bucket(len(rows), self.config.context_buckets)
+            context = pad(rows, min(length, self._longest) if len(rows) <= self._longest else length)
         labels = features.labels
         if len(features.candidates):
             raw = features.candidates

@@ -34,7 +34,7 @@ from mtgr.vllm_plugin.step import StepMetadata
 class MTGRForRecommendation(nn.Module, VllmModelForPooling):
     """Ranks and retrieves; its pooler says which, request by request.
 
-    All but attention's sum over keys is ``mtgr.model``'s own, parameters and equations: the two cannot drift apart.
+    Parameters are ``mtgr.model``'s own, and so are the embedding and the heads; a block's kernels follow its equations.
     With tensor parallelism this is a rank's part of the network (``mtgr.vllm_plugin.parallel``), and H its heads.
     Shapes: T tokens of a step, padding included.
     """
@@ -250,7 +250,7 @@ def _block(
     if ranks.size > 1:
         arguments = (attended, types, norm.gain, norm.bias, norm.epsilon, u, ranks)
         if isinstance(last, FP8Linear):
-            return x + ranks.all_reduce(last(fp8_split_group_norm(*arguments)))
+            return x + ranks.all_reduce(last(fp8_split_group_norm(*arguments, activates=is_raw)))
         gated = split_group_norm(*arguments, activates=is_raw)
         return x + ranks.all_reduce(block.output(gated))
     if isinstance(last, FP8Linear):

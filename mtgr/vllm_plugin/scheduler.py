@@ -39,7 +39,7 @@ class ContextScheduler(AsyncScheduler):
         if self.connector is not None:
             # The connector wants a hash of every whole page, candidates' too: one that is nobody else's.
             hashes = request.block_hashes
-            pages = range(len(hashes), request.num_tokens // self.block_size)
+            pages = range(len(hashes), request.num_tokens // self.hash_block_size)
             hashes.extend(f"{request.request_id}, page {page}".encode() for page in pages)
             request.kv_transfer_params = {"max_offload_tokens": context_tokens(request)}
         super().add_request(request)

@@ -63,20 +63,28 @@ def split_group_norm(
 
 
 def fp8_split_group_norm(
-    x: Tensor, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float, gate: Tensor, ranks: Ranks
+    x: Tensor,
+    types: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    gate: Tensor,
+    ranks: Ranks,
+    *,
+    activates: bool = False,
 ) -> QuantisedRows:
     """``split_group_norm`` rounded to FP8 for ``mtgr.kernels.linear.fp8_linear``, a scale for 128 columns of a rank.
 
     Where a rank's width is a multiple of 128 these are the scales of the whole row, or else it has others of its own.
     """
     if not use_triton(x):
-        return quantise_rows(split_group_norm(x, types, gain, bias, epsilon, gate, ranks))
+        return quantise_rows(split_group_norm(x, types, gain, bias, epsilon, gate, ranks, activates=activates))
     from mtgr.vllm_plugin.triton_split_norm import apply_launch
 
     statistics = ranks.all_reduce(own_statistics(x, ranks))
     made = empty_rows(x.shape[0], x.shape[1], x.device)
     if x.shape[0]:
-        apply_launch(x, statistics, types, gain, bias, epsilon, gate, made.data, made.scales).run()
+        apply_launch(x, statistics, types, gain, bias, epsilon, gate, made.data, made.scales, activates=activates).run()
     return made
 
 

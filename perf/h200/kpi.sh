@@ -7,7 +7,7 @@
 # the preset, twice, in $WORK (/dev/shm/mtgr-kpi). OUT gets kpi.json and crowd.json as soon as each is done, and the logs; SECONDS
 # (500) is the time that the call may take. DRY=1 runs all of it on a CPU with a tiny network and short times.
 #
-# The key figures are of the compiled engine and of auto beside it, with contexts of up to 2,048 tokens, so that the GPU
+# The key figures are of the compiled engine and of auto beside it, with contexts of up to 2,101 tokens, so that the GPU
 # is what limits; the crowd's are of vllm too. Every process that extracts features has a cache that holds all users.
 # Three in ten requests are of who was here a moment ago, as one who turns pages of a feed; 2% are of users whom nobody
 # knows, which are misses always. The crowd is served under a policy of its own: the usual one lets 256 requests run and

@@ -18,8 +18,10 @@ fi
 begin=$SECONDS
 # Beside the export and the start of the servers, before anything is timed.
 for name in "${small[@]}"; do
-  timeout 120 "$python" -W ignore -m perf.vllm_gpu --out "$out" --section parity --preset "$name" --dtype fp8 \
-    --kv-gib 1 > "$out/parity-$name.log" 2>&1 &
+  for dtype in ${DTYPES:-fp8 all}; do
+    timeout 160 "$python" -W ignore -m perf.vllm_gpu --out "$out" --section parity --preset "$name" \
+      $([[ $dtype == all ]] || echo --dtype "$dtype") --kv-gib 1 > "$out/parity-$name-$dtype.log" 2>&1 &
+  done
 done
 # They wait for their turn, which comes last.
 for mode in "" --in-process; do

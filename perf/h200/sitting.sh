@@ -3,11 +3,11 @@
 #
 #   bash perf/h200/sitting.sh OUT
 #
-# Takes about 12 minutes with two GPUs, 20 with one; OUT/lanes.txt says what has ended, and how. Start it in the background where a
-# call has a limit. Expects what the scripts beside it expect; TensorRT is left out where it is not unpacked. WHAT="variants kpi"
-# runs these alone, of: kpi large tensorrt parallel sanitizer gpu. DRY=1 prints the commands instead.
+# Takes about 18 minutes with two GPUs, 25 with one; OUT/lanes.txt says what has ended, and how. Start it in the background where a
+# call has a limit. Expects what the scripts beside it expect; TensorRT is left out where it is not unpacked. WHAT="large kpi"
+# runs these alone, of: kpi large variants tensorrt parallel sanitizer gpu. DRY=1 prints the commands instead.
 set -uo pipefail
-out=$(mkdir -p "$1" && cd "$1" && pwd) python=${PYTHON:-python3} what=${WHAT:-kpi large tensorrt parallel sanitizer gpu}
+out=$(mkdir -p "$1" && cd "$1" && pwd) python=${PYTHON:-python3} what=${WHAT:-kpi large variants tensorrt parallel sanitizer gpu}
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} CUDA_DEVICE_ORDER=PCI_BUS_ID
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | wc -l) cores=$(nproc)
@@ -28,7 +28,8 @@ first() {
   run kpi bash perf/h200/kpi.sh "$out/kpi" 420
 }
 second() {
-  run large timeout 300 "$python" -W ignore -m perf.vllm_large --out "$out/large" --preset 8b
+  run large bash perf/h200/large_models.sh "$out/large" 400
+  run variants timeout 120 "$python" -m perf.gpu_variants --d256
   if [[ -d ${H200:-/tmp/h200}/trt/tensorrt || -n ${DRY:-} ]]; then
     PLANS="large-retrieve-fp16-typed large-rank-fp16-b8 large-rank-fp16-b1" \
       run tensorrt bash perf/h200/tensorrt.sh "$out/tensorrt" 420 export build measure serve

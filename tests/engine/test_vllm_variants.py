@@ -137,7 +137,7 @@ def test_pages_of_candidates_are_not_taken_to_the_host(has_connector: bool, monk
     added: list[Any] = []
     monkeypatch.setattr(AsyncScheduler, "add_request", lambda self, request: added.append(request))
     scheduler: Any = object.__new__(ContextScheduler)
-    scheduler.connector, scheduler.block_size = object() if has_connector else None, 16
+    scheduler.connector, scheduler.hash_block_size = object() if has_connector else None, 16
     for name in ("a", "b"):
         params = SimpleNamespace(extra_kwargs={CONTEXT_TOKENS: 40})
         hashes = [b"first page", b"second page"]

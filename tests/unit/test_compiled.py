@@ -370,6 +370,22 @@ def test_a_larger_graph_serves_what_none_was_captured_for(monkeypatch: pytest.Mo
     assert graphs.serving(Shape(1, 128, None)) == Shape(1, 128, None)
 
 
+def test_a_shape_that_comes_often_gets_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Finished())
+    monkeypatch.setattr(compiled_graphs, "_Captured", lambda network, shape, *rest: Captured(shape))
+    graphs = BucketGraphs(CompiledNetwork(model_of()), SCHEMA.width, torch.device("cpu"), 3)
+    graphs.captured(Shape(8, 128, 64))
+    inputs = {name: np.zeros((6, 64, SCHEMA.width), np.int64) for name in ("context", "candidates")}
+    for _ in range(100):
+        graphs.launch(inputs).wait()
+    assert set(graphs._graphs) == {Shape(8, 128, 64)}
+    for _ in range(2):
+        graphs.launch(inputs).wait()
+    assert set(graphs._graphs) == {Shape(8, 128, 64), Shape(6, 64, 64)}
+
+
 def test_batches_under_way_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as may be, of one graph or of several; the next waits until somebody was answered, or has failed."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

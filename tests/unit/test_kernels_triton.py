@@ -152,13 +152,12 @@ def test_attention_compiles(capability: int) -> None:
         assert re.search(wide_load, assembly), name
 
 
-@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize(("block_size", "size"), [(16, 128), (128, 64), (64, 256)])
 def test_specialised_attention_compiles(
-    block_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    block_size: int, size: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Every way for Hopper, with keys split up and not; no sequence of steps needs another kernel."""
     compile_for(90, monkeypatch, tmp_path_factory.getbasetemp() / "triton")
-    size = 128 if block_size == 16 else 64
     key = LaunchKey(2, size, torch.bfloat16, block_size, False, 4096)
     compiled = {}
     with parallel_compilation():
@@ -173,7 +172,7 @@ def test_specialised_attention_compiles(
                     num_requests=splits,
                 )[0]
                 compiled[f"{config} {splits}"] = launch.compile()
-    assert len(compiled) >= 12
+    assert len(compiled) >= 8
     for name, future in compiled.items():
         kernel = finished(future)
         assert stack(kernel) <= MAX_STACK, name

@@ -77,6 +77,15 @@ def test_the_policy_may_set_other_buckets() -> None:
     assert sum(batch for batch, length, _ in engines.shapes("candidates") if length == 4) == 3
 
 
+def test_no_policy_pads_beyond_what_plans_take() -> None:
+    longest = bucket(SCHEMA.max_context, CONTEXT_BUCKETS)
+    for buckets in ((16, 2 * longest), (SCHEMA.max_context - 1,)):
+        engines = FakeEngines()
+        route(engines, features([10, 13], context=SCHEMA.max_context), context_buckets=buckets)
+        ((_, length, _),) = engines.shapes("context")
+        assert SCHEMA.max_context <= length <= longest
+
+
 @pytest.mark.parametrize("buckets", [(), (0, 4), (4, 2), (4, 4)])
 def test_buckets_that_make_no_sense_are_refused(buckets: tuple[int, ...]) -> None:
     with pytest.raises(ConfigurationError, match="candidate_buckets is"):

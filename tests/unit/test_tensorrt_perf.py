@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,25 @@ def test_a_way_that_takes_too_long_is_left_for_the_next(work: Path) -> None:
     assert main([*arguments, "--way-seconds", "0.05"]) == 0  # as if it had begun
     (built,) = results(work)
     assert built["refused"]["dynamic, two profiles"] == "its process ended"
+
+
+def test_a_build_that_crashes_goes_on_with_the_next_way(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / "graphs.json").write_text(json.dumps([entry("good")]))
+    (work / "good").mkdir()
+    (work / "good" / "build.json").write_text(json.dumps({"refused": {}, "begun": "dynamic, two profiles"}))
+    run, commands = subprocess.run, []
+
+    def crash_first(command: list[str], **options: Any) -> Any:
+        commands.append(list(command))
+        if len(commands) == 1:
+            return subprocess.CompletedProcess(command, -11)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", crash_first)
+    assert main(["build", "--work", str(work), "--dry-run"]) == 0
+    assert ["--resume" in command for command in commands] == [False, True]
+    (built,) = results(work)
+    assert built["way"] == "one profile"
 
 
 def test_a_batch_is_run_in_the_parts_that_a_plan_takes() -> None:
