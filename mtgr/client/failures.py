@@ -54,6 +54,9 @@ _NO_CONNECTION = re.compile(
 )
 
 
+# What gRPC says of calls that were open when its server stopped: nothing but the status.
+_HUNG_UP = ("StatusCode.CANCELLED", "CANCELLED")
+
 # How Triton 2.51 refuses while it drains or reloads a model, with NOT_FOUND: another try may meet one that is up.
 _UNLOADED = re.compile(r"^Request for unknown model: '[^']*' has no available versions")
 
@@ -95,6 +98,8 @@ def _from_triton(error: InferenceServerException, settings: Settings) -> MTGRErr
     kind = UnavailableError if _UNLOADED.match(message) else _KINDS.get(status, ServerError)
     if kind is RequestTimeoutError:
         return _timed_out(settings)
+    if (status, message) == _HUNG_UP:
+        return UnavailableError(f"{settings.url} stopped before it answered; try again later.")
     if kind is UnavailableError and _NO_CONNECTION.match(message):
         return _no_connection(settings, message.rsplit(": ", 1)[-1])
     if status.isdigit() and error.debug_details() is not None:

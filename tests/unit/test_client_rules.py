@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from mtgr.client import AsyncMTGRClient, History, MTGRClient, RecommendationRequest
-from mtgr.client.failures import sentence
+from mtgr.client.failures import sentence, translated
 from mtgr.client.retry import Attempts, RetryPolicy
+from mtgr.client.settings import Settings
 from mtgr.client.wire import encode
-from mtgr.errors import ConfigurationError, InvalidRequestError, RequestTimeoutError, UnavailableError
+from mtgr.errors import ConfigurationError, InvalidRequestError, RequestTimeoutError, ServerError, UnavailableError
 from tests.unit.door import LongWaits
 
 
@@ -131,3 +133,13 @@ def test_attempts_end_with_the_tries_or_the_time() -> None:
 def test_settings_are_checked(client: Any, options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigurationError, match=complaint):
         client(**options)
+
+
+def test_a_server_that_stopped_and_hung_up_may_be_asked_again() -> None:
+    """gRPC's own CANCELLED has no sentence; what a model says of a request that was cancelled stays what it is."""
+    settings = Settings.checked("127.0.0.1:8001", "grpc", 1.0, 0, None, "mtgr")
+    with pytest.raises(UnavailableError, match="stopped before it answered; try again later"), translated(settings):
+        raise InferenceServerException("CANCELLED", "StatusCode.CANCELLED")
+    with pytest.raises(ServerError, match="the request was cancelled") as caught, translated(settings):
+        raise InferenceServerException("the request was cancelled.", "StatusCode.CANCELLED")
+    assert not isinstance(caught.value, UnavailableError)
