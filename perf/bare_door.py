@@ -31,7 +31,7 @@ from mtgr.features.packing import pack
 from mtgr.routing.strategies import STRATEGIES
 from mtgr.serving.server import DOOR_MODELS, TritonServer
 from perf.analyzer import Analyzer, find_analyzer
-from perf.processes import ServerProcesses
+from perf.processes import ServerProcesses, processor_seconds
 from perf.record import describe
 from perf.workload import Visit, WorkloadConfig, door_steps, row_steps, stored_traffic, write_input
 
@@ -132,10 +132,10 @@ def _point(
         steps = door_steps(visits, "onnx")
         write_input(path, (_needed(step) for step in steps) if way == "bare" else steps)
     processes = ServerProcesses(server.pid)
-    before, client = processor_seconds(processes.processes()), _children_seconds()
+    before, client = seconds_by_model(processes.processes()), _children_seconds()
     samples = analyzer.run(server.grpc_url, WAYS[way], path, len(visits), concurrency=level)
     print(f"   {level:4d} {way:8} {len(visits) / samples.seconds:8.1f}/s", flush=True)
-    spent = {name: now - before.get(name, 0.0) for name, now in processor_seconds(processes.processes()).items()}
+    spent = {name: now - before.get(name, 0.0) for name, now in seconds_by_model(processes.processes()).items()}
     spent["perf_analyzer"] = _children_seconds() - client
     return {
         "processor_ms": {name: round(1e3 * value / len(visits), 3) for name, value in spent.items() if value > 0},
@@ -145,17 +145,15 @@ def _point(
     }
 
 
-def processor_seconds(pids: Sequence[int]) -> dict[str, float]:
+def seconds_by_model(pids: Sequence[int]) -> dict[str, float]:
     """Processor time so far of Triton's process and of those of its Python models, by name."""
-    ticks = os.sysconf("SC_CLK_TCK")
     found: dict[str, float] = {}
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             models = [Path(word).parent.parent.name for word in words if word.endswith(("/model.py", "/model.onnx"))]
             name = models[0] if models else Path(words[0]).name
-            found[name] = found.get(name, 0.0) + (int(fields[11]) + int(fields[12])) / ticks
+            found[name] = found.get(name, 0.0) + processor_seconds(pid)
     return found
 
 

@@ -16,11 +16,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mtgr.serving.server import TritonServer
-from perf.processes import ServerProcesses
+from perf.processes import ServerProcesses, processor_seconds
 from perf.results_format import CacheRatios, Gpu, ModelCounts
 
 _SERIES = re.compile(r"^(\w+)(?:{(.*)})? (\S+)$", re.MULTILINE)
@@ -28,7 +27,6 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _INTERVAL_S = 0.25
 _REPORTS_S = 1.3  # models report once a second
 _COUNTERS = ("mtgr_requests_total", "mtgr_errors_total", "mtgr_stage_seconds_count", "mtgr_vllm_requests_total")
-_TICKS = os.sysconf("SC_CLK_TCK")
 _GPU_QUERY = "index,utilization.gpu,memory.used,memory.total,power.draw"
 
 
@@ -316,14 +314,7 @@ def _mean_ms(stages: Mapping[str, list[int]], name: str) -> float:
 
 
 def _cpu_seconds(server: TritonServer) -> float:
-    ticks = 0
-    for pid in ServerProcesses(server.pid).processes():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / _TICKS
+    return sum(processor_seconds(pid) for pid in ServerProcesses(server.pid).processes())
 
 
 def _get(url: str) -> str:

@@ -46,9 +46,10 @@ def _contexts(max_context: int) -> list[int]:
 
 def frequent_shapes(max_context: int) -> Iterator[tuple[Operation, int, int, int]]:
     """What a busy server meets, most frequent first: batches of every size that the router makes by default."""
+    contexts = _contexts(max_context)
     for batch in (1, 8, 4, 2, 6, 5, 3):
         for candidates in (256, 512, 1024, 128, 64, 16):
-            for context in _contexts(max_context):
+            for context in contexts:
                 yield "rank", batch, context, candidates
 
 

@@ -42,8 +42,7 @@ class MergedEmbedding:
                 starts[name] = start
                 start += table.numel() // width
             self.table = torch.cat([table.reshape(-1, width) for table in tables.values()])
-        embedding.keep_profiles()
-        assert embedding.profiles is not None
+        assert embedding.profiles is not None  # what weights alone decide was kept
         self.profile = embedding.profiles
         sizes = {name: table.shape[1] // width for name, table in tables.items()}
         self.events = _pieces(embedding.event_columns, starts, sizes, device)

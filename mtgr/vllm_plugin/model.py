@@ -248,10 +248,8 @@ def _block(
     attended = attention(q, k, v, step, bias, is_raw).flatten(1)
     norm, last = block.output_norm, block.output
     if ranks.size > 1:
-        arguments = (attended, types, norm.gain, norm.bias, norm.epsilon, u, ranks)
-        if isinstance(last, FP8Linear):
-            return x + ranks.all_reduce(last(fp8_split_group_norm(*arguments, activates=is_raw)))
-        gated = split_group_norm(*arguments, activates=is_raw)
+        normalise = fp8_split_group_norm if isinstance(last, FP8Linear) else split_group_norm
+        gated = normalise(attended, types, norm.gain, norm.bias, norm.epsilon, u, ranks, activates=is_raw)
         return x + ranks.all_reduce(block.output(gated))
     if isinstance(last, FP8Linear):
         rows = fp8_group_norm(
@@ -259,8 +257,7 @@ def _block(
         )
         update: Tensor = last(rows)
         return x + update
-    gated = gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u, activates=is_raw)
-    return block.update(x, gated)
+    return block.update(x, gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u, activates=is_raw))
 
 
 def _normalise(norm: GroupLayerNorm, x: Tensor, types: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from mtgr.errors import InvalidRequestError
 from mtgr.routing.outbox import Outbox
 
 INPUTS = ("context", "candidates")
-CAPTURE_SECONDS = 30  # of the start; what is not captured then is when it is first asked for
+CAPTURE_SECONDS = 30  # of the start; what is not captured then goes through larger graphs until it comes often
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
