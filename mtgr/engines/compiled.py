@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -17,11 +18,14 @@ from mtgr.checkpoint import load_checkpoint
 from mtgr.engines.checks import check_batch, check_order
 from mtgr.engines.compiled_graphs import BucketGraphs, Shape
 from mtgr.engines.compiled_network import CompiledNetwork, CompiledPrecision
+from mtgr.engines.compiled_pauses import Pauses
 from mtgr.engines.pending import Arrays, Done, Pending
 from mtgr.engines.rows import RowChecker
 from mtgr.errors import ConfigurationError
 from mtgr.model import MTGR
 from mtgr.routing.buckets import CONTEXT_BUCKETS, bucket
+
+_LOG = logging.getLogger(__name__)
 
 Operation = Literal["rank", "retrieve"]
 
@@ -68,6 +72,7 @@ class CompiledEngine:
         device: PyTorch device, such as ``cpu`` or ``cuda:1``.
         precision: Of the computation; ``fp8`` rounds the blocks' linear layers.
         max_graphs: CUDA graphs kept at most; further shapes replace the one that was used longest ago.
+        log: Takes what an operator should read: captures of graphs after the start.
 
     Raises:
         ConfigurationError: If the checkpoint is missing, damaged or of another network than MTGR, or the device is not
@@ -75,7 +80,12 @@ class CompiledEngine:
     """
 
     def __init__(
-        self, checkpoint: Path, device: str = "cpu", precision: CompiledPrecision = "fp32", max_graphs: int = 768
+        self,
+        checkpoint: Path,
+        device: str = "cpu",
+        precision: CompiledPrecision = "fp32",
+        max_graphs: int = 768,
+        log: Callable[[str], object] = _LOG.info,
     ) -> None:
         loaded = load_checkpoint(checkpoint)
         if not isinstance(loaded.model, MTGR):
@@ -91,11 +101,12 @@ class CompiledEngine:
         except (RuntimeError, AssertionError) as error:
             raise ConfigurationError(f"the model cannot be placed on {device}: {error}") from error
         self._graphs = (
-            BucketGraphs(self.network, self.schema.width, self.device, max_graphs)
+            BucketGraphs(self.network, self.schema.width, self.device, max_graphs, log)
             if self.device.type == "cuda"
             else None
         )
         self._lock = Lock()
+        self._pauses = None if self._graphs is None else Pauses(self._graphs, self._lock)
 
     def warm_up(
         self,
@@ -147,8 +158,15 @@ class CompiledEngine:
         check_order(inputs, self.network.model.config.max_positions)
         if self._graphs is None:
             return Done(self._computed(inputs))
+        if self._pauses is not None:
+            self._pauses.put_off()
         with self._lock:
             return self._graphs.launch(inputs)
+
+    def close(self) -> None:
+        """Capture no more graphs in pauses; batches are answered as before."""
+        if self._pauses is not None:
+            self._pauses.close()
 
     def _computed(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         context = _tensor(inputs["context"])

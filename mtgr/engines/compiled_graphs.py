@@ -6,6 +6,7 @@ computes, in the order in which they came.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ BATCH_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 # Batches that may be under way at a time: one computes, another is copied and queued behind it.
 DEPTH = 2
 
-# A capture holds everybody up for about as long as a hundred batches take: so often a larger graph that is there serves
-# first, of up to so many times the rows.
+# A capture holds everybody up for about as long as a hundred batches take. A larger graph that is there serves instead,
+# of up to so many times the rows; after so many batches a graph of its own pays, for which the traffic has to pause.
 _ROOM = 2.0
 _BORROWED = 100
 
@@ -165,18 +166,28 @@ class Replay:
 class BucketGraphs:
     """Graphs of a network by shape; to be used by one thread at a time.
 
-    A shape is captured when it is asked for, at its first batch if no graph that is there holds it well enough, and
-    otherwise when so many of its batches have come that a graph of its own pays.
+    A shape is captured when it is asked for, and at its first batch if no graph that is there holds it well enough. One
+    that a larger graph serves is never captured while it does: it is wanted once so many of its batches have come that
+    a graph of its own pays, and ``capture_wanted`` is for a time at which nobody is held up.
 
     Args:
         network: What is captured.
         width: Columns of a row, W.
         device: A GPU.
         limit: Graphs kept at most.
+        log: Told of captures that a batch may have waited for.
     """
 
-    def __init__(self, network: CompiledNetwork, width: int, device: torch.device, limit: int) -> None:
+    def __init__(
+        self,
+        network: CompiledNetwork,
+        width: int,
+        device: torch.device,
+        limit: int,
+        log: Callable[[str], object],
+    ) -> None:
         self._network, self._width, self._device, self._limit = network, width, device, limit
+        self._log = log
         self._graphs: OrderedDict[Shape, _Captured] = OrderedDict()
         self._serving: dict[Shape, Shape] = {}  # as found among the graphs that there are
         self._borrowed: Counter[Shape] = Counter()  # batches that went through a larger graph
@@ -211,9 +222,16 @@ class BucketGraphs:
             found = self._serving[shape] = min(there, key=lambda one: one.rows, default=shape)
         if found != shape:
             self._borrowed[shape] += 1
-            if self._borrowed[shape] > _BORROWED:
-                return shape
         return found
+
+    def capture_wanted(self) -> bool:
+        """Capture the shape of the most batches that went through a larger graph; False where none is wanted."""
+        for shape, batches in self._borrowed.most_common(1):
+            if batches > _BORROWED:
+                del self._borrowed[shape]  # if it cannot be captured, it is wanted again after as many batches more
+                self._captured_and_told(shape, "in a pause")
+                return True
+        return False
 
     def launch(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Replay:
         """Queue a batch; waits where ``DEPTH`` batches are not answered."""
@@ -224,13 +242,20 @@ class BucketGraphs:
         piece = self._free.get()
         try:
             with torch.cuda.device(self._device):
-                captured = self.captured(shape)
+                there = shape in self._graphs
+                captured = self.captured(shape) if there else self._captured_and_told(shape, "while its batch waited")
                 done = captured.launch(context, candidates, piece)
         except BaseException:
             self._free.put(piece)
             raise
         users, wanted = len(context), None if candidates is None else count
         return Replay(captured.host[piece], done, users, wanted, partial(self._free.put, piece))
+
+    def _captured_and_told(self, shape: Shape, occasion: str) -> _Captured:
+        begin = time.monotonic()
+        found = self.captured(shape)
+        self._log(f"compiled: a graph for {shape} was captured {occasion}, in {time.monotonic() - begin:.2f} s.")
+        return found
 
 
 def _parts(rows: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

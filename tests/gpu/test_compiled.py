@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from export.precision import typed
 from mtgr.checkpoint import Checkpoint, save_checkpoint
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.compiled import CompiledEngine
+from mtgr.engines.compiled_graphs import Shape
 from mtgr.engines.compiled_network import CompiledPrecision
 from mtgr.kernels.dispatch import capability_of
 from mtgr.model import MTGR
@@ -112,3 +115,34 @@ def test_batches_under_way_do_not_mix(directory: Path) -> None:
         pending = [engine.submit(batches[index]) for index in (first, second)]
         for index, one in zip((first, second), pending, strict=True):
             np.testing.assert_allclose(one.wait()["task_scores"], alone[index], rtol=0, atol=1e-6)
+
+
+def test_a_shape_that_comes_often_is_captured_in_a_pause(directory: Path) -> None:
+    """By another thread than the one that asks, beside a graph in the same memory; nothing outlives the engine."""
+    told: list[str] = []
+    engine = CompiledEngine(directory, "cuda", "fp16", log=told.append)
+    engine.warm_up([("rank", 4, 192, 64)], measure=False)
+    assert engine._graphs is not None
+    assert engine._pauses is not None
+    graphs, thread = engine._graphs._graphs, engine._pauses._thread
+    three = requests(0)[1]
+    two = {name: rows[:2] for name, rows in three.items()}
+    valid = three["candidates"][..., TYPE_COLUMN] != TokenType.PADDING
+    wanted = engine.infer(three)["task_scores"]
+    for _ in range(101):
+        engine.infer(two)
+    assert set(graphs) == {Shape(4, 192, 64)}
+    assert not told
+    end = time.monotonic() + 60
+    while not told and time.monotonic() < end:
+        time.sleep(0.05)
+    assert "in a pause" in told[0]
+    assert set(graphs) == {Shape(4, 192, 64), Shape(2, 192, 64)}
+    for rows in (two, three, two):
+        found = engine.infer(rows)["task_scores"]
+        users = len(found)
+        np.testing.assert_allclose(found[valid[:users]], wanted[:users][valid[:users]], rtol=0, atol=1e-3)
+    del engine, graphs
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()

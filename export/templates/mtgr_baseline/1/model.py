@@ -15,7 +15,7 @@ from mtgr.errors import InvalidRequestError
 from mtgr.routing.outbox import Outbox
 
 INPUTS = ("context", "candidates")
-CAPTURE_SECONDS = 30  # of the start; what is not captured then goes through larger graphs until it comes often
+CAPTURE_SECONDS = 30  # of the start; what is not captured then goes through larger graphs until traffic pauses
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -32,7 +32,7 @@ class TritonPythonModel:
         checkpoint = Path(args["model_repository"]) / args["model_version"]
         if parameters.get("engine") == "compiled":
             require_gpu(parameters["precision"], device)
-            self.engine = CompiledEngine(checkpoint, device, parameters["precision"])
+            self.engine = CompiledEngine(checkpoint, device, parameters["precision"], log=pb_utils.Logger.log_info)
             longest = self.engine.schema.max_context
             self.engine.warm_up(usual_shapes(longest))
             self.engine.warm_up(frequent_shapes(longest), measure=False, seconds=CAPTURE_SECONDS)
@@ -63,6 +63,8 @@ class TritonPythonModel:
     def finalize(self):
         """Let batches under way end."""
         self.outbox.stop()
+        if isinstance(self.engine, CompiledEngine):
+            self.engine.close()
 
     def _serve(self, members):
         batch = [tensors for _, tensors in members]
