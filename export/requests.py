@@ -12,8 +12,9 @@ import numpy.typing as npt
 from mtgr.checkpoint import Checkpoint
 from mtgr.data.registry import DATASETS
 from mtgr.errors import MTGRError
-from mtgr.features.candidates import build_candidate_state, candidate_rows
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.context import context_rows
+from mtgr.features.state import build_candidate_state
 from mtgr.training.prepare import PreparedData, prepare
 
 Int32Array = npt.NDArray[np.int32]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mtgr.errors import ConfigurationError
-from mtgr.features.candidates import CandidateState, build_candidate_state, candidate_rows
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.context import context_rows
+from mtgr.features.state import CandidateState, build_candidate_state
 from mtgr.schema import FIRST_ID, UNKNOWN, Schema
 
 Int32Array = npt.NDArray[np.int32]

@@ -26,8 +26,9 @@ from mtgr.checkpoint import load_checkpoint
 from mtgr.client import MTGRClient
 from mtgr.engines.baseline import BaselineEngine
 from mtgr.engines.onnx import OnnxEngine
-from mtgr.features.candidates import CandidateState, candidate_rows
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.extract import FeatureExtractor
+from mtgr.features.state import CandidateState
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket, pad
 from mtgr.serving.server import TritonServer
 from perf.record import ROOT, describe, store

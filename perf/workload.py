@@ -27,8 +27,9 @@ from mtgr.bundle import Bundle
 from mtgr.client import History, RecommendationRequest
 from mtgr.client.wire import Tensor, encode
 from mtgr.errors import ConfigurationError
-from mtgr.features.candidates import CandidateState, candidate_rows
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.extract import FeatureExtractor
+from mtgr.features.state import CandidateState
 from mtgr.features.store import FeatureStore, UserRecord
 from mtgr.routing.buckets import CANDIDATE_BUCKETS, CONTEXT_BUCKETS, bucket, pad
 from perf.results_format import Spread, WorkloadSummary

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mtgr.data.dataset import Interactions, User
-from mtgr.features.candidates import NEVER, candidate_columns, event_surprise, session_counts, similar_sums
+from mtgr.features.candidates import candidate_columns, similar_sums
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.context import context_rows
+from mtgr.features.state import NEVER, event_surprise, session_counts
 from mtgr.schema import SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
 
 Int8Array = npt.NDArray[np.int8]

@@ -1,8 +1,9 @@
 """From users and items to token rows."""
 
-from mtgr.features.candidates import CandidateState, build_candidate_state, candidate_rows
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.catalog import ItemCatalog, build_catalog
 from mtgr.features.context import context_rows
+from mtgr.features.state import CandidateState, build_candidate_state
 
 __all__ = [
     "CandidateState",

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from mtgr.data.dataset import Interactions, Item
 from mtgr.errors import ConfigurationError
 from mtgr.features.buckets import log_bucket, rate_bucket
+from mtgr.features.native import INT, NONE, array, compiled, group
 from mtgr.schema import FIRST_ID, LOG_COUNT_SIZE, RATE_SIZE, UNKNOWN
 
 Int64Array = npt.NDArray[np.int64]
@@ -194,8 +195,23 @@ def strength(actions: npt.ArrayLike, num_actions: int) -> Int64Array:
     Returns:
         INT64 [..., 2].
     """
-    known = np.clip(np.asarray(actions, dtype=np.int64), 0, num_actions - 1)
-    return np.stack([known * STRENGTH // max(num_actions - 1, 1), (known == num_actions - 1) * STRENGTH], axis=-1)
+    given = np.asarray(actions, dtype=np.int64)
+    strengths = np.empty((given.size, 2), dtype=np.int64)
+    _fill_strengths(np.ascontiguousarray(given).reshape(-1), num_actions, strengths)
+    return strengths.reshape(*given.shape, 2)
+
+
+@compiled(group(INT, INT), INT, INT)
+def strength_of(action: int, num_actions: int) -> tuple[int, int]:
+    """``strength`` of one action."""
+    known = min(max(action, 0), num_actions - 1)
+    return known * STRENGTH // max(num_actions - 1, 1), int(known == num_actions - 1) * STRENGTH
+
+
+@compiled(NONE, array("int64"), INT, array("int64", 2, written=True))
+def _fill_strengths(actions: Int64Array, num_actions: int, strengths: Int64Array) -> None:
+    for index in range(len(actions)):
+        strengths[index] = strength_of(actions[index], num_actions)
 
 
 def expected_strength(items: Int64Array, actions: npt.ArrayLike, num_items: int, num_actions: int) -> Int32Array:

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mtgr.errors import UnavailableError
-from mtgr.features.candidates import build_candidate_state
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.context import context_rows
 from mtgr.features.request import Request, Tensors, parse_request
+from mtgr.features.state import build_candidate_state
 from mtgr.features.store import UserRecord, UserSource
 from mtgr.routing.experiment import DEFAULT_ARM
 from mtgr.routing.strategies import AUTO

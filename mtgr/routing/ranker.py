@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mtgr.errors import UnavailableError
-from mtgr.features.candidates import CandidateState, candidate_rows
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.extract import Features
+from mtgr.features.state import CandidateState
 from mtgr.routing.buckets import CONTEXT_BUCKETS, bucket, pad
 from mtgr.routing.config import RoutingConfig
 from mtgr.routing.strategies import Strategy

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mtgr.errors import UnavailableError
-from mtgr.features.candidates import build_candidate_state
 from mtgr.features.extract import Features
+from mtgr.features.state import build_candidate_state
 from mtgr.routing.admission import AdmissionConfig
 from mtgr.routing.choice import AutoConfig
 from mtgr.routing.config import RoutingConfig

@@ -14,8 +14,9 @@ import torch
 from safetensors.numpy import save_file
 
 from mtgr.checkpoint import Checkpoint
-from mtgr.features.candidates import build_candidate_state, candidate_rows
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.context import context_rows
+from mtgr.features.state import build_candidate_state
 from tests.oracles.nvidia import NvidiaOracle
 from tests.oracles.nvidia import Settings as NvidiaSettings
 from tests.oracles.research import ResearchOracle

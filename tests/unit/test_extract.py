@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pytest
 
 from mtgr.errors import InvalidRequestError, UnavailableError
-from mtgr.features.candidates import NEVER, CandidateState, build_candidate_state
 from mtgr.features.context import context_rows
 from mtgr.features.extract import FeatureExtractor, Features
+from mtgr.features.state import NEVER, CandidateState, build_candidate_state
 from mtgr.features.store import UserRecord
 from mtgr.schema import FIRST_COLUMN, FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, UNKNOWN, TokenType
 from perf.features import BAR_MS, extraction_ms

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mtgr.errors import ConfigurationError, InvalidRequestError
-from mtgr.features.buckets import hour_bucket, log_bucket, rate_bucket
-from mtgr.features.candidates import CandidateState, build_candidate_state, candidate_rows
+from mtgr.features.buckets import hour_id, log_bucket, rate_bucket
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.request import (
     MAX_CANDIDATES,
     MAX_CLOCK_SKEW,
@@ -28,6 +28,7 @@ from mtgr.features.request import (
     Request,
     parse_request,
 )
+from mtgr.features.state import CandidateState, build_candidate_state
 from mtgr.schema import (
     CANDIDATE_COLUMNS,
     FIRST_COLUMN,
@@ -94,14 +95,14 @@ def test_rate_buckets_at_their_edges(positive: int, total: int, step: int) -> No
 
 @given(time=st.integers(0, 2**40))
 def test_hour_buckets_are_the_hour_of_the_day(time: int) -> None:
-    bucket = int(hour_bucket(time))
+    bucket = int(hour_id(time))
     assert bucket == FIRST_ID + time % 86_400 // 3600 < HOUR_SIZE
-    assert bucket == hour_bucket(time + 86_400)
+    assert bucket == hour_id(time + 86_400)
 
 
 @pytest.mark.parametrize(("time", "hour"), [(0, 0), (3599, 0), (3600, 1), (86_399, 23), (86_400, 0)])
 def test_hour_buckets_at_their_edges(time: int, hour: int) -> None:
-    assert hour_bucket(time) == FIRST_ID + hour
+    assert hour_id(time) == FIRST_ID + hour
 
 
 # Requests

@@ -17,9 +17,10 @@ from mtgr.config import ModelConfig
 from mtgr.data.dataset import Interactions, User
 from mtgr.data.movielens import MovieLens100K
 from mtgr.data.samples import NO_LABEL, Sample, build_samples, event_rows
-from mtgr.features.candidates import CandidateState, build_candidate_state, candidate_rows
+from mtgr.features.candidates import candidate_rows
 from mtgr.features.catalog import ItemCatalog
 from mtgr.features.context import context_rows
+from mtgr.features.state import CandidateState, build_candidate_state
 from mtgr.model import MTGR
 from mtgr.schema import FIRST_COLUMN, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
 from mtgr.training.batches import collate

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mtgr.features import candidates as module
-from mtgr.features.candidates import CandidateState, build_candidate_state, seen_sums, similar_sums
+from mtgr.features.candidates import seen_sums, similar_sums
 from mtgr.features.catalog import SIMILARITY
+from mtgr.features.state import NEVER, CandidateState, build_candidate_state
 from tests.unit.models import EPOCH, small_catalog, small_schema
 
 SCHEMA = small_schema()
@@ -29,14 +29,11 @@ def state_after(events: int) -> CandidateState:
     return build_candidate_state(SCHEMA, CATALOG, items, actions, times, EPOCH + 2 * 10**6, events)
 
 
-@pytest.mark.parametrize("table", [True, False], ids=["table", "search"])
 @pytest.mark.parametrize("events", [0, 1, 40])
-def test_known_neighbours_are_all_that_counts(events: int, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not table:
-        monkeypatch.setattr(module, "_TABLE_ITEMS", 0)
+def test_known_neighbours_are_all_that_counts(events: int) -> None:
     state = state_after(events)
     items = GENERATOR.integers(0, CATALOG.num_items, 25)
-    found_events, found_surprise = seen_sums(CATALOG, items, state)
+    last_times, found_events, found_surprise = seen_sums(CATALOG, items, state)
     of_item = np.zeros(CATALOG.num_items, dtype=np.int64)
     of_item[state.seen_items] = state.seen_events
     surprise = np.zeros((CATALOG.num_items, 2), dtype=np.int64)
@@ -45,3 +42,5 @@ def test_known_neighbours_are_all_that_counts(events: int, table: bool, monkeypa
     np.testing.assert_array_equal(found_events, wanted[0])
     np.testing.assert_array_equal(found_surprise, wanted[1])
     assert found_events.dtype == found_surprise.dtype == np.int64
+    known = dict(zip(state.seen_items.tolist(), state.seen_times.tolist(), strict=True))
+    assert last_times.tolist() == [known.get(item, NEVER) for item in items.tolist()]
