@@ -14,14 +14,14 @@ Changes = Callable[[], Iterable[tuple[MetricSpec, float]]]
 
 
 class MetricReporter:
-    """Adds to counters, sets gauges and fills histograms from a thread of its own.
+    """Adds to counters and sets gauges from a thread of its own.
 
     Each of these is a call to the server of about 14 us. One that the server refuses can end the whole server (2.51),
     so that none is made that it might refuse.
 
     Args:
         pb_utils: Triton's module, which exists inside its stub only.
-        changes: Gives what to add to each counter, the value of each gauge, and each observation of a histogram.
+        changes: Gives what to add to each counter, and the value of each gauge.
         seconds: Time between two reports.
     """
 
@@ -45,9 +45,7 @@ class MetricReporter:
                 metric = self._series[spec] = self._metric(spec)
             if not math.isfinite(change):
                 continue
-            if spec.buckets:
-                metric.observe(change)
-            elif not spec.counter:
+            if not spec.counter:
                 metric.set(change)
             elif change > 0:
                 metric.increment(change)
@@ -70,9 +68,6 @@ class MetricReporter:
     def _metric(self, spec: MetricSpec) -> Any:
         family = self._pb_utils.MetricFamily
         if spec.name not in self._families:
-            kind = family.HISTOGRAM if spec.buckets else family.COUNTER if spec.counter else family.GAUGE
+            kind = family.COUNTER if spec.counter else family.GAUGE
             self._families[spec.name] = family(name=spec.name, description=spec.description, kind=kind)
-        labels = dict(spec.labels)
-        if spec.buckets:
-            return self._families[spec.name].Metric(labels=labels, buckets=list(spec.buckets))
-        return self._families[spec.name].Metric(labels=labels)
+        return self._families[spec.name].Metric(labels=dict(spec.labels))

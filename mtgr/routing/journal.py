@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtgr.features.extract import Features
-from mtgr.logs import EventLog
+from mtgr.logs import EventLog, Level
 from mtgr.metrics import MetricRegistry
 from mtgr.routing.breaker import CircuitBreaker, State
 from mtgr.routing.metrics import RouterMetrics
@@ -26,6 +26,8 @@ class Journal(RouterMetrics):
     def answered(self, features: Features, ranking: Ranking, seconds: float) -> None:
         """Count an answer, and explain it where that is wanted."""
         super().answered(features, ranking, seconds)
+        if not self.log.enabled(Level.DEBUG):
+            return
         self.log.debug(
             "answered",
             **_request(features),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_left
 
 import numpy as np
+import numpy.typing as npt
 
 from mtgr.features.extract import Features
 from mtgr.metrics import SECONDS, MetricRegistry, MetricSpec, stage_seconds
@@ -16,7 +18,7 @@ from mtgr.routing.ranker import Arrays, Ranking
 from mtgr.routing.reasons import Reason, unanswered
 from mtgr.routing.router import FALLBACK
 from mtgr.routing.shadow import Drift
-from mtgr.schema import TYPE_COLUMN, UNKNOWN
+from mtgr.schema import TYPE_COLUMN, UNKNOWN, TokenType
 
 _ITEMS = (1.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0)
 _DRIFT = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -42,7 +44,6 @@ _UNANSWERED = MetricSpec("mtgr_shadow_unanswered_total", "Shadow calls without a
 _UNKNOWN = MetricSpec("mtgr_unknown_items_total", "Candidates that the model does not know")
 _SCORED = MetricSpec("mtgr_scored_items_total", "Candidates that were ranked")
 _CANDIDATES = MetricSpec("mtgr_candidates", "Candidates of a request; none where items are retrieved", buckets=_ITEMS)
-_TOTAL = "mtgr_request_seconds"
 
 
 class RouterMetrics(Observer):
@@ -65,11 +66,8 @@ class RouterMetrics(Observer):
 
     def answered(self, features: Features, ranking: Ranking, seconds: float) -> None:
         """Count an answer by the strategy that was asked for, the one that served, and arm: an arm's exposures."""
-        labels = (("asked", features.strategy), ("strategy", ranking.strategy), ("arm", features.arm))
-        self.registry.increment(MetricSpec("mtgr_requests_total", "Requests answered", labels=labels))
-        self.registry.observe(
-            MetricSpec(_TOTAL, "Time in the router", labels=(("strategy", ranking.strategy),), buckets=SECONDS), seconds
-        )
+        self.registry.increment(_answers(features.strategy, ranking.strategy, features.arm))
+        self.registry.observe(_seconds(ranking.strategy), seconds)
         if len(features.candidates):
             self.registry.observe(_CANDIDATES, float(len(features.candidates)))
         if FALLBACK in ranking.labels:
@@ -86,16 +84,14 @@ class RouterMetrics(Observer):
 
     def rows(self, strategy: str, inputs: Arrays) -> None:
         """Count tokens and padding, and unknown candidates."""
-        # Padding is all zeros and known nowhere else, so one count of each column says it all, without a copy.
-        types = {name: rows[..., TYPE_COLUMN] for name, rows in inputs.items()}
-        real = {name: int(np.count_nonzero(column)) for name, column in types.items()}
-        total = sum(column.size for column in types.values())
+        real = {name: _without_padding(rows[0, :, TYPE_COLUMN]) for name, rows in inputs.items()}
+        total = sum(rows.shape[1] for rows in inputs.values())
         tokens, padding = _tokens(strategy)
         self.registry.increment(tokens, total)
         self.registry.increment(padding, total - sum(real.values()))
         if "candidates" in inputs:
             self.registry.increment(_SCORED, real["candidates"])
-            unknown = inputs["candidates"][..., self._item_column] == UNKNOWN
+            unknown = inputs["candidates"][0, : real["candidates"], self._item_column] == UNKNOWN
             self.registry.increment(_UNKNOWN, int(np.count_nonzero(unknown)))
 
     def breaker(self, breaker: CircuitBreaker) -> None:
@@ -124,6 +120,23 @@ class RouterMetrics(Observer):
         self.registry.set(_LIMIT, admission.limit)
         self.registry.advance(_RELOADS, reloads)
         self.registry.advance(_REFUSALS, refusals)
+
+
+def _without_padding(types: npt.NDArray[np.int32]) -> int:
+    """Rows before the padding, which is at the end: looked for by halves, not to touch them all."""
+    return bisect_left(range(len(types)), True, key=lambda index: bool(types[index] == TokenType.PADDING))
+
+
+@functools.lru_cache(maxsize=1024)
+def _answers(asked: str, strategy: str, arm: str) -> MetricSpec:
+    labels = (("asked", asked), ("strategy", strategy), ("arm", arm))
+    return MetricSpec("mtgr_requests_total", "Requests answered", labels=labels)
+
+
+@functools.cache
+def _seconds(strategy: str) -> MetricSpec:
+    labels = (("strategy", strategy),)
+    return MetricSpec("mtgr_request_seconds", "Time in the router", labels=labels, buckets=SECONDS)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mtgr.errors import UnavailableError
 from mtgr.features.extract import Features
-from mtgr.metrics import DROPPED, MAX_OBSERVATIONS, OTHER, MetricRegistry, MetricSpec, stage_seconds
+from mtgr.metrics import OTHER, MetricRegistry, MetricSpec, stage_seconds
 from mtgr.routing.admission import Admission
 from mtgr.routing.breaker import BreakerConfig, CircuitBreaker
 from mtgr.routing.metrics import RouterMetrics
@@ -40,7 +40,6 @@ class Page:
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self.observed: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
         self.kinds: dict[str, str] = {}
         self.refused: list[str] = []
         self.log: list[str] = []
@@ -64,21 +63,14 @@ class Page:
                     page.refused.append(f"set {self.key}")
                 page.values[self.key] = value
 
-            def observe(self, value: float) -> None:
-                if self.kind != "histogram" or not math.isfinite(value):
-                    page.refused.append(f"observe {self.key} {value}")
-                page.observed[self.key] += 1
-                page.values[self.key] += value
-
         class MetricFamily:
-            COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
+            COUNTER, GAUGE = "counter", "gauge"
 
             def __init__(self, name: str, description: str, kind: str) -> None:
                 assert page.kinds.setdefault(name, kind) == kind
                 self.name, self.kind = name, kind
 
-            def Metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Metric:
-                assert (buckets is not None) == (self.kind == "histogram")
+            def Metric(self, labels: dict[str, str]) -> Metric:
                 return Metric(self.kind, (self.name, tuple(labels.items())))
 
         class Logger:
@@ -117,7 +109,8 @@ def test_counters_hold_what_was_added_and_never_shrink(steps: list[tuple[str, An
     registry, page = MetricRegistry(), Page()
     reporter = MetricReporter(page, registry.changes, seconds=60.0)
     expected: Counter[str] = Counter()
-    total, gauge, observed = 0.0, None, 0
+    total, gauge = 0.0, None
+    observed: list[float] = []
     before: dict[Any, float] = {}
     for operation, spec, amount in [*steps, ("report", None, None)]:
         if operation == "report":
@@ -135,14 +128,19 @@ def test_counters_hold_what_was_added_and_never_shrink(steps: list[tuple[str, An
         elif operation == "set" and math.isfinite(amount):
             gauge = amount
         elif operation == "observe" and math.isfinite(amount):
-            observed += 1
+            observed.append(amount)
     reporter.stop()
     assert page.refused == []
     for label, added in expected.items():
         assert value(page, "c_total", l=label) == pytest.approx(added)
     assert page.values.get(("t_total", ()), 0.0) == pytest.approx(total)
     assert page.values.get(("g", ())) == gauge
-    assert page.observed["h", ()] == observed
+    if observed:
+        for bound in (*HISTOGRAM.buckets, math.inf):
+            label = "+Inf" if bound == math.inf else f"{bound:g}"
+            assert value(page, "h_bucket", le=label) == sum(one <= bound for one in observed)
+        assert value(page, "h_count") == len(observed)
+        assert value(page, "h_sum") == pytest.approx(sum(one for one in observed if one > 0))
 
 
 def test_a_counter_appears_with_its_first_zero() -> None:
@@ -167,19 +165,12 @@ def test_labels_beyond_the_bound_share_one_series() -> None:
     assert len(registry._series) <= 21
 
 
-def test_more_observations_than_a_report_can_take_are_counted_only() -> None:
-    registry = MetricRegistry(max_observations=100)
-    for _ in range(150):
+def test_a_report_costs_the_same_whatever_was_observed() -> None:
+    registry = MetricRegistry()
+    for _ in range(50_000):
         registry.observe(HISTOGRAM, 0.5)
-    page = Page()
-    reporter = MetricReporter(page, registry.changes, seconds=60.0)
-    assert page.observed["h", ()] == 100
-    assert value(page, DROPPED.name) == 50
-    registry.observe(HISTOGRAM, 0.5)
-    reporter.report()
-    reporter.stop()
-    assert page.observed["h", ()] == 101
-    assert MAX_OBSERVATIONS * 14e-6 < 0.5  # seconds of each second
+    assert len(registry.changes()) == len(HISTOGRAM.buckets) + 3
+    assert registry.changes() == []
 
 
 def test_threads_lose_nothing() -> None:
@@ -199,12 +190,13 @@ def test_threads_lose_nothing() -> None:
     reporter.stop()
     reporter.report()
     assert value(page, "c_total") == 12_000
-    assert page.observed["h", ()] == 12_000
+    assert value(page, "h_count") == value(page, "h_bucket", le="1") == 12_000
+    assert value(page, "h_bucket", le="0.1") == 0
 
 
 def test_the_reporter_never_asks_for_what_the_server_may_die_of() -> None:
     page = Page()
-    changes = [(COUNTER, bad) for bad in (-1.0, math.nan, math.inf, -math.inf)] + [(HISTOGRAM, math.nan), (GAUGE, 2.0)]
+    changes = [(COUNTER, bad) for bad in (-1.0, math.nan, math.inf, -math.inf)] + [(GAUGE, 2.0)]
     MetricReporter(page, lambda: changes, seconds=60.0).stop()
     assert page.refused == []
     assert value(page, "g") == 2.0
@@ -264,9 +256,10 @@ def test_requests_and_errors_by_strategy_arm_and_reason() -> None:
     assert value(page, "mtgr_errors_total", asked=AUTO, arm="blue", reason="internal") == 1
     assert value(page, "mtgr_engine_failures_total", strategy="tensorrt", reason="failed") == 1
     assert value(page, "mtgr_fallbacks_total") == 1
-    assert page.observed["mtgr_candidates", ()] == 2
-    assert page.observed["mtgr_request_seconds", (("strategy", "onnx"),)] == 2
-    assert page.observed[stage_seconds("queue").name, (("stage", "queue"),)] == 1
+    assert value(page, "mtgr_candidates_count") == 2
+    assert value(page, "mtgr_request_seconds_count", strategy="onnx") == 2
+    assert value(page, "mtgr_request_seconds_bucket", strategy="onnx", le="0.02") == 1
+    assert value(page, f"{stage_seconds('queue').name}_count", stage="queue") == 1
     assert "u-17" not in str(page.values)
 
 
@@ -323,7 +316,7 @@ def test_what_others_keep() -> None:
     assert value(page, "mtgr_policy_reloads_total") == 3
     assert value(page, "mtgr_policy_refusals_total") == 1
     assert value(page, "mtgr_router_limit") == admission.limit
-    assert value(page, "mtgr_shadow_max_error") == 0.001
+    assert value(page, "mtgr_shadow_max_error_sum") == 0.001
     assert value(page, "mtgr_shadow_unanswered_total") == 1
 
 
