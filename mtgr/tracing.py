@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import secrets
@@ -82,10 +83,17 @@ def trace_of(parameters: Mapping[str, Any], span: str | None = None) -> TraceCon
 
 def request_name(request_id: str) -> str:
     """What a request is called in logs: its id, or a new one where that is empty, too long or not plain ASCII."""
-    return request_id if _REQUEST_ID.fullmatch(request_id) else _random_hex(8)
+    if request_id and _REQUEST_ID.fullmatch(request_id):
+        return request_id
+    return f"{_PROCESS}{next(_NUMBERS) & 0xFFFFFFFF:08x}"
 
 
 def _random_hex(size: int) -> str:
     while not int(value := secrets.token_hex(size), 16):
         pass
     return value
+
+
+# Names of requests that came without one: of this process, and of the moment of its start, and in a row.
+_PROCESS = secrets.token_hex(4)
+_NUMBERS = itertools.count()

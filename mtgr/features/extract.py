@@ -85,11 +85,14 @@ class FeatureExtractor:
         self.arm: Callable[[str], str] = lambda user_id: DEFAULT_ARM
         self._profile_names = frozenset(field.name for field in schema.profile)
 
-    def extract(self, tensors: Tensors) -> Features:
+    def extract(self, tensors: Tensors, deadline_ms: int = 0, request_id: str = "", trace: str = "") -> Features:
         """Features of one request.
 
         Args:
             tensors: The door's inputs by name, each with a leading dimension of 1.
+            deadline_ms: As in ``Features``, to go along; so are the others.
+            request_id: Likewise.
+            trace: Likewise.
 
         Raises:
             InvalidRequestError: If the request is wrong.
@@ -110,6 +113,9 @@ class FeatureExtractor:
             # Who asks for an engine by name takes part in no experiment.
             arm=self.arm(request.user_id) if request.strategy == AUTO else DEFAULT_ARM,
             labels=labels if len(items) else (*labels, COLD_START),
+            deadline_ms=deadline_ms,
+            request_id=request_id,
+            trace=trace,
         )
 
     def _record(self, request: Request) -> tuple[UserRecord, tuple[str, ...]]:

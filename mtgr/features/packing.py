@@ -56,14 +56,16 @@ def unpack(packed: Int32Array) -> Features:
     if packed.ndim != 1 or len(packed) < _HEADER or packed[0] != _VERSION:
         raise ValueError("these are no packed features.")
     rows, width, state, candidates, plan = packed[1:_HEADER].tolist()
-    ends = np.cumsum([_HEADER, 2 * candidates, rows * width, state, plan // 4]).tolist()
-    if min(rows, width, state, candidates, plan) < 0 or ends[-1] != len(packed):
+    first_row = _HEADER + 2 * candidates
+    state_at = first_row + rows * width
+    plan_at = state_at + state
+    if min(rows, width, state, candidates, plan) < 0 or plan_at + plan // 4 != len(packed):
         raise ValueError("packed features have a wrong length.")
-    strategy, top_k, arm, labels, *rest = json.loads(packed[ends[3] :].tobytes())
+    strategy, top_k, arm, labels, *rest = json.loads(packed[plan_at:].tobytes())
     return Features(
-        packed[ends[1] : ends[2]].reshape(rows, width),
-        packed[ends[2] : ends[3]],
-        packed[ends[0] : ends[1]].view(np.int64),
+        packed[first_row:state_at].reshape(rows, width),
+        packed[state_at:plan_at],
+        packed[_HEADER:first_row].view(np.int64),
         strategy,
         top_k,
         arm,

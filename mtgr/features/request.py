@@ -191,8 +191,9 @@ def _candidates(tensors: Tensors, schema: Schema) -> Int64Array | None:
     if len(candidates) > MAX_CANDIDATES:
         raise InvalidRequestError(f"candidates has {len(candidates)} items; at most {MAX_CANDIDATES} are allowed.")
     _check_range("candidates", candidates, 0, None, "item ids")
-    _, first = np.unique(candidates, return_index=True)
-    return candidates if len(first) == len(candidates) else candidates[np.sort(first)]
+    listed = candidates.tolist()
+    once = dict.fromkeys(listed)  # in order of first appearance
+    return candidates if len(once) == len(listed) else np.array(list(once), dtype=np.int64)
 
 
 def _profile(tensors: Tensors, schema: Schema) -> dict[str, str | float]:
@@ -246,8 +247,8 @@ def _top_k(tensors: Tensors) -> int | None:
 
 
 def _check_range(name: str, values: npt.NDArray[Any], low: int, high: int | None, what: str) -> None:
-    wrong = values < low if high is None else (values < low) | (values > high)
-    if wrong.any():
+    if values.min() < low or (high is not None and values.max() > high):
+        wrong = values < low if high is None else (values < low) | (values > high)
         index = int(wrong.argmax())
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
         raise InvalidRequestError(f"{name} holds {values[index]} at index {index}; {what} must be {allowed}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,9 @@ from mtgr.routing.pressure import ROUTER
 from mtgr.routing.reasons import Reason, RefusedError
 
 Clock = Callable[[], float]
+
+# How often the board is told what time requests have; it moves by 2% with each of them.
+_ANNOUNCED_SECONDS = 0.02
 
 
 class Gate:
@@ -27,6 +31,7 @@ class Gate:
         self._board = board
         self._clock = clock
         self._usual = UsualSeconds()
+        self._announced = -math.inf
 
     def arrive(self, deadline: Deadline, ahead: int) -> None:
         """Let a request that has just come pass, or not.
@@ -39,8 +44,10 @@ class Gate:
             RefusedError: If the router would refuse it, or too many are ahead.
         """
         self._usual.add(deadline.remaining())
-        if self._board is not None:
+        now = self._clock()
+        if self._board is not None and now - self._announced > _ANNOUNCED_SECONDS:
             self._board.announce(self._usual.value)
+            self._announced = now
         if ahead >= self.max_queue:
             text = f"{ROUTER}: {ahead} requests wait, as many as may; try again later."
             raise RefusedError(text, Reason.OVERLOADED)

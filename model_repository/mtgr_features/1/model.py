@@ -1,6 +1,6 @@
 """Triton adapter of feature extraction; the logic is in ``mtgr.features``."""
 
-import dataclasses
+import functools
 import json
 import time
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from mtgr.features.cache import CachedStore
 from mtgr.features.extract import FeatureExtractor
 from mtgr.features.intake import Intake
 from mtgr.features.metrics import FeatureMetrics
+from mtgr.features.pace import Pace
 from mtgr.features.packing import pack
 from mtgr.features.settings import feature_settings
 from mtgr.logs import EventLog
@@ -49,22 +50,28 @@ class Arrival:
 
     deadline: Deadline
     request_id: str
-    sender: object
     tensors: dict[str, npt.NDArray] = field(default_factory=dict)
     trace: str = ""
     came: float = field(default_factory=time.perf_counter)
+    sender: object = None
 
     def read(self, request):
-        """Take over what is to be worked on; copies, because Triton takes the memory back when ``execute`` returns."""
+        """Look at what is to be worked on."""
         found = {tensor.name(): tensor for tensor in request.inputs()}
         # In this order: of several that are wrong, the first one is named.
-        self.tensors = {name: found[name].as_numpy().copy() for name in INPUTS if name in found}
-        trace = trace_of(json.loads(request.parameters() or "{}"))
+        self.tensors = {name: found[name].as_numpy() for name in INPUTS if name in found}
+        parameters = request.parameters()
+        trace = trace_of(json.loads(parameters)) if parameters else None
         self.trace = "" if trace is None else trace.header()
+
+    def keep(self, sender):
+        """Take it over: Triton takes the memory back when ``execute`` returns."""
+        self.tensors = {name: array.copy() for name, array in self.tensors.items()}
+        self.sender = sender
 
 
 class TritonPythonModel:
-    """Answers each request by itself through its response sender: refused ones at once, the others in turn."""
+    """Answers requests as they come, or lets them stand in line, where waiting counts and is bounded."""
 
     def initialize(self, args):
         """Load the installed bundle; without one the model is up and says what to run."""
@@ -86,6 +93,7 @@ class TritonPythonModel:
             self.gate = Gate(server_board(), self.policy.current.admission.max_queue)
             self.outbox = Outbox(lambda error: pb_utils.Logger.log_error(f"features: not sent: {error}"))
             self.intake = Intake(self._answer, self._failed)
+            self.pace = Pace()
             self.reporter = MetricReporter(pb_utils, self._changes)
             settle()
         except ConfigurationError as error:
@@ -93,21 +101,13 @@ class TritonPythonModel:
             pb_utils.Logger.log_warn(self.problem)
 
     def execute(self, requests):
-        """Take the requests in and return at once."""
-        for request in requests:
-            sender = request.get_response_sender()
-            if self.extractor is None:
-                sender.send(_error(self.problem, pb_utils.TritonError.UNAVAILABLE), flags=FINAL)
-                continue
-            deadline = Deadline.after(time_limit(request.timeout(), self.policy.current.deadline_seconds))
-            arrival = Arrival(deadline, request_name(request.request_id()), sender)
-            try:
-                self.gate.arrive(deadline, self.intake.waiting)
-                arrival.read(request)
-            except Exception as error:  # noqa: BLE001 - one request's trouble must not become its neighbours'
-                self._failed(arrival, error)
-            else:
-                self.intake.put(arrival)
+        """The answers, or None for those that stand in line, which are sent when their turn comes."""
+        if self.extractor is None:
+            return [_error(self.problem, pb_utils.TritonError.UNAVAILABLE) for _ in requests]
+        self.pace.begin()
+        responses = [self._take(request) for request in requests]
+        self.pace.end()
+        return responses
 
     def finalize(self):
         """Answer what is here, and let go of the store."""
@@ -135,26 +135,41 @@ class TritonPythonModel:
             return []
         return self.metrics.changes(self.store.statistics())
 
-    def _answer(self, arrival):
+    def _take(self, request):
+        deadline = Deadline.after(time_limit(request.timeout(), self.policy.current.deadline_seconds))
+        arrival = Arrival(deadline, request_name(request.request_id()))
+        waiting = self.intake.waiting
+        try:
+            self.gate.arrive(deadline, waiting)
+            arrival.read(request)
+            if not waiting and not self.pace.hurried:
+                return self._response(arrival)
+            arrival.keep(request.get_response_sender())
+            self.intake.put(arrival)
+        except Exception as error:  # noqa: BLE001 - one request's trouble must not become its neighbours'
+            return self._refusal(arrival, error)
+        return None
+
+    def _response(self, arrival):
         started = time.perf_counter()
         self.metrics.stage("intake", started - arrival.came)
-        self.gate.proceed(arrival.deadline)
-        features = dataclasses.replace(
-            self.extractor.extract(arrival.tensors),
-            deadline_ms=arrival.deadline.unix_ms(),
-            request_id=arrival.request_id,
-            trace=arrival.trace,
+        features = self.extractor.extract(
+            arrival.tensors, arrival.deadline.unix_ms(), arrival.request_id, arrival.trace
         )
+        packed = pack(features)
         self.metrics.stage("features", time.perf_counter() - started)
         self.metrics.count(features.labels)
-        packed = pack(features)[None]
+        return pb_utils.InferenceResponse([pb_utils.Tensor("features", packed[None])])
 
-        def send():
-            arrival.sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("features", packed)]), flags=FINAL)
-
-        self.outbox.put(send, at_once=not self.intake.waiting)
+    def _answer(self, arrival):
+        self.gate.proceed(arrival.deadline)
+        response = self._response(arrival)
+        self.outbox.put(functools.partial(arrival.sender.send, response, flags=FINAL), at_once=not self.intake.waiting)
 
     def _failed(self, arrival, error):
+        arrival.sender.send(self._refusal(arrival, error), flags=FINAL)
+
+    def _refusal(self, arrival, error):
         message, code = str(error), pb_utils.TritonError.UNAVAILABLE
         if isinstance(error, InvalidRequestError):
             code = pb_utils.TritonError.INVALID_ARG
@@ -165,7 +180,7 @@ class TritonPythonModel:
         elif not isinstance(error, UnavailableError):
             pb_utils.Logger.log_error(f"features: {type(error).__name__}: {error}")
             message, code = "feature extraction failed; see the server's log.", pb_utils.TritonError.INTERNAL
-        arrival.sender.send(_error(message, code), flags=FINAL)
+        return _error(message, code)
 
 
 def event_log(policy):
