@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import uvloop
 
 from mtgr.engines.vllm_rows import EngineStatistics, VLLMRowEngine, gather_all
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
@@ -124,7 +125,7 @@ class VLLMService:
         self._log = log
         self._past = EngineStatistics()  # what engines did that have ended
         self._problem: str | None = None
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         try:

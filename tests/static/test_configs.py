@@ -313,7 +313,8 @@ def test_the_router_reads_the_one_output_of_feature_extraction() -> None:
 
 @pytest.mark.parametrize("name", ["mtgr_features", "mtgr_router"])
 def test_adapters_write_all_outputs_of_their_config(name: str) -> None:
-    assert calls(source(name), "Tensor") == {entry.name for entry in config(name).output}
+    made = calls(source(name), "Tensor") | calls(source(name), "_text")  # the router's short way to a tensor of text
+    assert made == {entry.name for entry in config(name).output}
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if (directory(name) / "1" / "model.py").is_file()])

@@ -1,6 +1,7 @@
 """Triton adapter of the router; the logic is in ``mtgr.routing``."""
 
 import asyncio
+import functools
 import json
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+import uvloop
 
 from mtgr.bundle import load_bundle
 from mtgr.collector import settle
@@ -48,7 +50,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"]).get("parameters", {})
         path = policy_file({name: value["string_value"] for name, value in parameters.items()})
         self.policy = PolicyFile(path)
-        self.loop = asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()  # a wake-up from another thread costs half of asyncio's own
         self.arrivals = deque()
         self.woken = False  # whether the loop is told already that somebody has come
         self.tasks = set()
@@ -86,14 +88,10 @@ class TritonPythonModel:
             elif request.is_cancelled():
                 sender.send(_error("the request was cancelled.", pb_utils.TritonError.CANCELLED), flags=FINAL)
             else:
-                try:
-                    # Inputs are copied here: Triton takes their memory back when execute returns.
-                    features = _features(request)
-                except (AttributeError, IndexError, TypeError, ValueError):
-                    message = "this model takes what mtgr_features gives; send requests to the model mtgr."
-                    sender.send(_error(message, pb_utils.TritonError.INVALID_ARG), flags=FINAL)
-                    continue
-                self.arrivals.append((features, sender))
+                # A copy: Triton takes inputs' memory back when execute returns. The rest is for the loop's thread, for
+                # two that want the interpreter's lock at a time hinder each other.
+                packed = [tensor.as_numpy().copy() for tensor in request.inputs()]
+                self.arrivals.append((packed, sender))
         if self.arrivals and not self.woken:
             self.woken = True
             self.loop.call_soon_threadsafe(self._start)
@@ -130,10 +128,13 @@ class TritonPythonModel:
         changes = self.metrics.registry.changes()
         return changes if self.policy.current.monitoring else []
 
-    async def _answer(self, features, sender):
+    async def _answer(self, packed, sender):
         ranking, failure = None, None
         try:
-            ranking = await self.router.route(features)
+            ranking = await self.router.route(_features(packed))
+        except NotFeaturesError:
+            message = "this model takes what mtgr_features gives; send requests to the model mtgr."
+            failure = (message, pb_utils.TritonError.INVALID_ARG)
         except (UnavailableError, RequestTimeoutError) as error:
             failure = (str(error), pb_utils.TritonError.UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
@@ -167,6 +168,10 @@ class TritonPythonModel:
         self.thread.join()
         if self.router is not None:
             self.router.engines.calls.stop()
+
+
+class NotFeaturesError(Exception):
+    """A request that did not come from ``mtgr_features``."""
 
 
 class BLSEngines:
@@ -223,9 +228,12 @@ def event_log(policy):
     return EventLog(policy.log.level, policy.log.json)
 
 
-def _features(request):
-    (tensor,) = request.inputs()
-    return unpack(tensor.as_numpy()[0].copy())
+def _features(packed):
+    try:
+        (one,) = packed
+        return unpack(one[0])
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise NotFeaturesError from error
 
 
 def _response(ranking):
@@ -234,16 +242,18 @@ def _response(ranking):
             pb_utils.Tensor("items", ranking.items[None]),
             pb_utils.Tensor("scores", ranking.scores[None]),
             pb_utils.Tensor("task_scores", ranking.task_scores[None]),
-            pb_utils.Tensor("strategy", _text(ranking.strategy)),
-            pb_utils.Tensor("arm", _text(ranking.arm)),
-            pb_utils.Tensor("labels", _text(",".join(ranking.labels))),
-            pb_utils.Tensor("explanation", _text(ranking.explanation)),
+            _text("strategy", ranking.strategy),
+            _text("arm", ranking.arm),
+            _text("labels", ",".join(ranking.labels)),
+            _text("explanation", ranking.explanation),
         ]
     )
 
 
-def _text(value):
-    return np.array([[value.encode()]], dtype=np.object_)
+@functools.lru_cache(maxsize=512)
+def _text(name, value):
+    """Kept, for most answers say the same: Triton encodes texts in Python, one by one."""
+    return pb_utils.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
 
 
 def _error(message, code):
