@@ -18,7 +18,7 @@ cd "$(dirname "$0")/../.."
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 work=${WORK:-/dev/shm/mtgr-kpi} callers=${CALLERS:-2000}
 common=(--preset "${PRESET:-large}" --compiled "${COMPILED:-bf16}" --users "${USERS:-2000}" --history "${HISTORY:-2000}"
-  --candidates "${CANDIDATES:-256}" --kv-gib "${KV_GIB:-64}" --vllm in_process=true --door-instances "${FEATURES:-3}"
+  --candidates "${CANDIDATES:-256}" --kv-gib "${KV_GIB:-64}" --vllm in_process=true --door-instances "${FEATURES:-2}"
   --router-instances "${ROUTERS:-4}" --feature-cache-mib 512)
 sweep=(--concurrency 1,32,128,256 --rate-shares "" --repeats 2 --seconds 3 --kpi-warm-seconds 20 --kpi-seconds 30) crowd=(--seconds 12)
 if [[ -n ${DRY:-} ]]; then
