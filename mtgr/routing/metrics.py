@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from bisect import bisect_left
 
 import numpy as np
 import numpy.typing as npt
 
 from mtgr.features.extract import Features
+from mtgr.features.native import INT, array, compiled
 from mtgr.metrics import SECONDS, MetricRegistry, MetricSpec, stage_seconds
 from mtgr.routing.admission import Admission
 from mtgr.routing.breaker import CircuitBreaker, State
@@ -20,6 +20,7 @@ from mtgr.routing.router import FALLBACK
 from mtgr.routing.shadow import Drift
 from mtgr.schema import TYPE_COLUMN, UNKNOWN, TokenType
 
+_PADDING = int(TokenType.PADDING)
 _ITEMS = (1.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0)
 _DRIFT = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _STATES = {State.CLOSED: 0.0, State.HALF_OPEN: 1.0, State.OPEN: 2.0}
@@ -84,7 +85,7 @@ class RouterMetrics(Observer):
 
     def rows(self, strategy: str, inputs: Arrays) -> None:
         """Count tokens and padding, and unknown candidates."""
-        real = {name: _without_padding(rows[0, :, TYPE_COLUMN]) for name, rows in inputs.items()}
+        real = {name: _without_padding(rows[0]) for name, rows in inputs.items()}
         total = sum(rows.shape[1] for rows in inputs.values())
         tokens, padding = _tokens(strategy)
         self.registry.increment(tokens, total)
@@ -122,9 +123,17 @@ class RouterMetrics(Observer):
         self.registry.advance(_REFUSALS, refusals)
 
 
-def _without_padding(types: npt.NDArray[np.int32]) -> int:
+@compiled(INT, array("int32", 2))
+def _without_padding(rows: npt.NDArray[np.int32]) -> int:
     """Rows before the padding, which is at the end: looked for by halves, not to touch them all."""
-    return bisect_left(range(len(types)), True, key=lambda index: bool(types[index] == TokenType.PADDING))
+    low, high = 0, len(rows)
+    while low < high:
+        middle = (low + high) // 2
+        if rows[middle, TYPE_COLUMN] == _PADDING:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @functools.lru_cache(maxsize=1024)
