@@ -103,7 +103,12 @@ def test_no_absolute_paths(name: str) -> None:
 def test_nothing_waits_in_the_batcher_of_triton(name: str) -> None:
     """It sleeps between requests of different shapes (2.51); the router merges requests, vLLM does so itself."""
     model = config(name)
-    assert not model.HasField("dynamic_batching")
+    if name == "mtgr_router":
+        # What has come already comes together: one ragged input, of which no shape differs from another's.
+        assert model.dynamic_batching.max_queue_delay_microseconds == 0
+        assert [tensor.allow_ragged_batch and not tensor.optional for tensor in model.input] == [True]
+    else:
+        assert not model.HasField("dynamic_batching")
     assert model.max_batch_size >= 8  # what the router may merge
     if name == "mtgr_vllm":
         assert 1 <= int(model.parameters["max_pending"].string_value) <= 10_000
