@@ -54,7 +54,7 @@ class _Observed:
 
 
 @functools.cache
-def _series(spec: MetricSpec) -> tuple[MetricSpec, ...]:
+def _counters_of(spec: MetricSpec) -> tuple[MetricSpec, ...]:
     """A histogram's counters: one for each bucket, then the sum and the count."""
     bounds = (*(f"{bound:g}" for bound in spec.buckets), "+Inf")
     return (
@@ -126,7 +126,7 @@ class MetricRegistry:
             self._added, self._observed = {}, {}
         changes = [*added.items(), *values]
         for spec, found in observed.items():
-            *buckets, total, count = _series(spec)
+            *buckets, total, count = _counters_of(spec)
             reached = list(accumulate(found.counts))
             changes += zip(buckets, map(float, reached), strict=True)
             changes += [(total, found.total), (count, float(reached[-1]))]

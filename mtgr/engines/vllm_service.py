@@ -272,6 +272,7 @@ class VLLMService:
         self._wait(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
 
 _GAUGES = frozenset({"running", "waiting", "kv_usage"})

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mtgr.errors import ConfigurationError
 from mtgr.features.buckets import deviation_id, hour_id, log_id, rate_id
-from mtgr.features.catalog import SIMILARITY, SNAPSHOT_PERIOD, STRENGTH, ItemCatalog
+from mtgr.features.catalog import SIMILARITY, STRENGTH, ItemCatalog, snapshot_of
 from mtgr.features.context import seconds_since
 from mtgr.features.native import INT, NONE, array, compiled
 from mtgr.features.state import NEVER, CandidateState
@@ -262,7 +263,7 @@ def _fill(
             values[11] = log_id(_since(request, moments[moment, 1]), LOG_SECONDS_SIZE)
             values[12] = log_id(moments[moment, 5], LOG_COUNT_SIZE)
             values[13] = log_id(moments[moment, 6], LOG_COUNT_SIZE)
-            snapshot = min(max((request - first_snapshot) // SNAPSHOT_PERIOD, 0), len(popularity) - 1)
+            snapshot = snapshot_of(request, first_snapshot, len(popularity))
         alike = alike_liked = 0
         for category in range(categories.shape[1]):
             flag = int(categories[item, category])
@@ -297,7 +298,12 @@ def candidate_rows(schema: Schema, catalog: ItemCatalog, state: CandidateState, 
 
     Returns:
         INT32 [k, W], slots going on from the context's.
+
+    Raises:
+        ConfigurationError: If the state was made with another catalogue.
     """
+    if len(state.category_events) != catalog.categories.shape[1]:
+        raise ConfigurationError("candidate_state is of another catalogue; restart the server with one release.")
     last_times, similar_events, similar_surprise = seen_sums(catalog, items, state)
     rows = candidate_columns(
         schema,

@@ -101,11 +101,6 @@ class ItemCatalog:
         raw: Int64Array = self.raw_ids[np.asarray(internal, dtype=np.int64) - FIRST_ID]
         return raw
 
-    def snapshot(self, times: npt.ArrayLike) -> Int64Array:
-        """Index of the latest snapshot taken at or before unix ``times``."""
-        day = (np.asarray(times, dtype=np.int64) - self.first_snapshot) // SNAPSHOT_PERIOD
-        return np.clip(day, 0, len(self.popularity) - 1)
-
     def save(self, path: Path) -> None:
         """Write the catalog as safetensors."""
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -131,11 +126,29 @@ class ItemCatalog:
         try:
             arrays = load_file(path)
             first = int(arrays.pop("first_snapshot")[0])
-            return cls(first_snapshot=first, **arrays)
+            catalog = cls(first_snapshot=first, **arrays)
         except FileNotFoundError as error:
             raise ConfigurationError(f"{path} does not exist; run `make train`.") from error
         except (SafetensorError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is not an item catalog ({error}); run `make train` again.") from error
+        # Loops look items up without asking how many there are.
+        if not catalog.fits():
+            raise ConfigurationError(f"{path} has arrays that do not fit together; run `make train` again.")
+        return catalog
+
+    def fits(self) -> bool:
+        """Whether every array is of its type and has its place for each item, and there is a snapshot."""
+        of_items = (self.categories, self.expected, self.neighbours, self.similarity)
+        of_days = (self.popularity, self.liked_rate)
+        return (
+            [array.dtype for array in (self.raw_ids, *of_items, *of_days)]
+            == [np.int64, np.uint8, np.int32, np.int32, np.int32, np.uint8, np.uint8]
+            and all(array.ndim == 2 and len(array) == self.num_items for array in of_items)
+            and all(array.ndim == 2 and array.shape[1] == self.num_items for array in of_days)
+            and len(self.popularity) == len(self.liked_rate) > 0
+            and self.expected.shape[1] == 2
+            and self.neighbours.shape == self.similarity.shape
+        )
 
 
 def build_catalog(
@@ -268,3 +281,9 @@ def similar_items(items: Int64Array, users: Int64Array, num_items: int) -> tuple
         neighbours[index, : len(nearest)] = others[nearest]
         similarity[index, : len(nearest)] = scaled[nearest]
     return neighbours, similarity
+
+
+@compiled(INT, INT, INT, INT)
+def snapshot_of(time: int, first: int, count: int) -> int:
+    """Index of the latest of ``count`` snapshots, the first at ``first``, that was taken at or before unix ``time``."""
+    return min(max((time - first) // SNAPSHOT_PERIOD, 0), count - 1)

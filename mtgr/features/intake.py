@@ -1,4 +1,4 @@
-"""Where requests wait for feature extraction: taken in at once, so that their time counts, and worked off in turn."""
+"""Where requests stand in line for feature extraction, when ``Pace`` says so: their time counts, they go in turn."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Arrival = TypeVar("Arrival")
 class Intake(Generic[Arrival]):
     """A queue with one worker, a thread of its own.
 
-    Whoever takes requests in must not be held up by the work: a model that Triton waits for gets no further ones, and
-    those lie where nobody can tell how long they have waited, nor refuse them.
+    Where there is a line, whoever takes requests in must not be held up by the work: a model that Triton waits for gets
+    no further ones, and those lie where nobody can tell how long they have waited, nor refuse them.
 
     Args:
         work: Does one; what it raises is given to ``failed``, and the next one is done.

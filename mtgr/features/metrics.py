@@ -46,7 +46,7 @@ class FeatureMetrics:
         self._registry.increment(unanswered(UNREAD, UNREAD, reason))
 
     def changes(self, statistics: CacheStatistics) -> list[tuple[MetricSpec, float]]:
-        """What to add to each counter since the last call, every gauge's value, and each observation."""
+        """What to add to each counter since the last call, and every gauge's value."""
         for name, spec in _CACHE:
             value = float(getattr(statistics, name))
             if spec.counter:

@@ -3,9 +3,9 @@
 NumPy makes a pass and an array of every operation, some two hundred for one request, each of a few microseconds and
 more where processes share a core. A loop is done with a request in some tens.
 
-What was compiled is kept in the user's cache folder (``XDG_CACHE_HOME``), by the text of all that takes part: Numba
-itself looks at the time of one file, and would go on with what another file's constants were. Where nothing can be
-kept, every start compiles anew, for about five seconds.
+What was compiled is kept in the user's cache folder (``XDG_CACHE_HOME``), by the text of this package and of the
+schema: Numba itself looks at the time of one file, and would go on with what another file's constants were. Where
+nothing can be kept, or what is there cannot be read, every start compiles anew, for about five seconds.
 """
 
 from __future__ import annotations
@@ -64,11 +64,15 @@ def group(*kinds: Any) -> Any:
 
 def _kept(compiler: Callable[[bool], Any]) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
-        before, config.CACHE_DIR = config.CACHE_DIR, _FOLDER or config.CACHE_DIR
-        try:
-            return cast(Function, compiler(_FOLDER is not None)(function))
-        finally:
-            config.CACHE_DIR = before
+        if _FOLDER is not None:
+            before, config.CACHE_DIR = config.CACHE_DIR, _FOLDER
+            try:
+                return cast(Function, compiler(True)(function))
+            except Exception:  # noqa: BLE001 - a full disk, a file that was cut off: Numba lets all of them through
+                pass
+            finally:
+                config.CACHE_DIR = before
+        return cast(Function, compiler(False)(function))
 
     return decorate
 
@@ -80,14 +84,17 @@ def _folder() -> str | None:
     text = b"".join(path.read_bytes() for path in sources)
     name = f"{hashlib.sha256(text).hexdigest()[:16]}-numba{numba.__version__}-py{sys.version_info.minor}"
     # In a container the first may be part of an image, and read-only.
-    home = str(Path.home() / ".cache")
-    for base in (os.environ.get("XDG_CACHE_HOME") or home, home):
-        folder = Path(base) / "mtgr" / "native" / name
+    for base in (os.environ.get("XDG_CACHE_HOME"), "~/.cache"):
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryFile(dir=folder):
-                return str(folder)
-        except OSError:
+            if base:
+                folder = Path(base).expanduser() / "mtgr" / "native" / name
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                status = folder.stat()
+                # What lies there is run: nobody else may have put it there.
+                if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
+                    with tempfile.TemporaryFile(dir=folder):
+                        return str(folder)
+        except (OSError, RuntimeError):  # it cannot be written, or there is no home
             continue
     return None
 

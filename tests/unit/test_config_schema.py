@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from mtgr.checkpoint import build_model
 from mtgr.config import ModelConfig, preset, preset_names
 from mtgr.errors import ConfigurationError
-from mtgr.features.catalog import SNAPSHOT_PERIOD, ItemCatalog
+from mtgr.features.catalog import SNAPSHOT_PERIOD, ItemCatalog, snapshot_of
 from mtgr.model.hstu import HSTUBlock
 from mtgr.schema import (
     CANDIDATE_COLUMNS,
@@ -283,6 +283,10 @@ def test_damaged_catalogs_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not safetensors")
     with pytest.raises(ConfigurationError, match="not an item catalog"):
         ItemCatalog.load(path)
+    for change in ({"categories": CATALOG.categories[:-1]}, {"popularity": CATALOG.popularity.astype(np.int32)}):
+        dataclasses.replace(CATALOG, **change).save(path)
+        with pytest.raises(ConfigurationError, match="do not fit"):
+            ItemCatalog.load(path)
     for name in ("raw_ids", "first_snapshot"):
         CATALOG.save(path)
         arrays = load_file(path)
@@ -314,8 +318,8 @@ def test_the_item_hash_depends_on_ids_and_their_order() -> None:
 
 @given(time=st.integers(0, 2**40))
 def test_snapshots_are_the_latest_one_not_after_a_time(time: int) -> None:
-    index = int(CATALOG.snapshot(time))
     last = len(CATALOG.popularity) - 1
+    index = snapshot_of(time, CATALOG.first_snapshot, last + 1)
     assert 0 <= index <= last
     start = CATALOG.first_snapshot + index * SNAPSHOT_PERIOD
     assert start <= time or index == 0

@@ -70,3 +70,20 @@ def test_a_cache_that_cannot_be_written_gives_way_to_the_home_folder(tmp_path: P
     assert number == 4
     assert Path(folder).is_relative_to(home)
     assert run({"XDG_CACHE_HOME": "/proc", "HOME": "/proc"}) == (4, "None")
+
+
+def test_a_cache_that_cannot_be_read_is_done_without(tmp_path: Path) -> None:
+    run({"XDG_CACHE_HOME": str(tmp_path)})
+    for path in tmp_path.rglob("*.nbi"):
+        path.write_bytes(b"")
+    assert run({"XDG_CACHE_HOME": str(tmp_path)})[0] == 4
+
+
+def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    folder = Path(run({"XDG_CACHE_HOME": str(tmp_path)})[1])
+    folder.chmod(0o777)
+    number, other = run({"XDG_CACHE_HOME": str(tmp_path), "HOME": str(home)})
+    assert number == 4
+    assert Path(other).is_relative_to(home)

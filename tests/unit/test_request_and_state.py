@@ -329,3 +329,13 @@ def test_states_without_their_categories_are_refused() -> None:
     array = random_state(seed=1, count=5, wait=10).to_array(EPOCH)
     with pytest.raises(ConfigurationError, match="candidate_state"):
         CandidateState.from_array(array[:11], EPOCH)
+
+
+def test_a_state_of_another_catalogue_is_refused() -> None:
+    """Loops would read beyond its sums of categories."""
+    state = random_state(seed=1, count=5, wait=10)
+    other = dataclasses.replace(
+        state, category_events=state.category_events[:0], category_liked=state.category_liked[:0]
+    )
+    with pytest.raises(ConfigurationError, match="another catalogue"):
+        candidate_rows(SCHEMA, CATALOG, other, np.arange(UNKNOWN, SCHEMA.num_items))

@@ -82,19 +82,25 @@ class TritonPythonModel:
     def execute(self, requests):
         """Schedule the requests and return at once."""
         for request in requests:
-            sender = request.get_response_sender()
-            if self.router is None:
-                sender.send(_error(self.problem, pb_utils.TritonError.UNAVAILABLE), flags=FINAL)
-            elif request.is_cancelled():
-                sender.send(_error("the request was cancelled.", pb_utils.TritonError.CANCELLED), flags=FINAL)
-            else:
-                # A copy: Triton takes inputs' memory back when execute returns. The rest is for the loop's thread, for
-                # two that want the interpreter's lock at a time hinder each other.
-                packed = [tensor.as_numpy().copy() for tensor in request.inputs()]
-                self.arrivals.append((packed, sender))
+            try:
+                self._take(request)
+            except Exception as error:  # noqa: BLE001 - one request's trouble must not become its neighbours'
+                pb_utils.Logger.log_error(f"router: {type(error).__name__}: {error}")
         if self.arrivals and not self.woken:
             self.woken = True
             self.loop.call_soon_threadsafe(self._start)
+
+    def _take(self, request):
+        sender = request.get_response_sender()
+        if self.router is None:
+            sender.send(_error(self.problem, pb_utils.TritonError.UNAVAILABLE), flags=FINAL)
+        elif request.is_cancelled():
+            sender.send(_error("the request was cancelled.", pb_utils.TritonError.CANCELLED), flags=FINAL)
+        else:
+            # A copy: Triton takes inputs' memory back when execute returns. The rest is for the loop's thread, for two
+            # that want the interpreter's lock at a time hinder each other.
+            packed = [tensor.as_numpy().copy() for tensor in request.inputs()]
+            self.arrivals.append((packed, sender))
 
     def _start(self):
         """In the loop: begin with whatever has come."""
@@ -168,6 +174,8 @@ class TritonPythonModel:
         self.thread.join()
         if self.router is not None:
             self.router.engines.calls.stop()
+        self.loop.close()
+        _kept_text.cache_clear()  # they lie in memory that goes before the interpreter does
 
 
 class NotFeaturesError(Exception):
@@ -250,9 +258,14 @@ def _response(ranking):
     )
 
 
-@functools.lru_cache(maxsize=512)
 def _text(name, value):
     """Kept, for most answers say the same: Triton encodes texts in Python, one by one."""
+    # By thread: two that send a tensor for the first time would both give it its shared memory.
+    return _kept_text(name, value, threading.get_ident())
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_text(name, value, thread):
     return pb_utils.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
 
 
