@@ -6,7 +6,6 @@ so that a context's rows and the keys and values cached for them stay the same f
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from mtgr.errors import ConfigurationError
 from mtgr.features.buckets import deviation_id, hour_id, log_id, rate_id
 from mtgr.features.catalog import SIMILARITY, STRENGTH, ItemCatalog, snapshot_of
-from mtgr.features.context import seconds_since
+from mtgr.features.context import places_among, seconds_since
 from mtgr.features.native import INT, NONE, array, compiled
 from mtgr.features.state import NEVER, CandidateState
 from mtgr.schema import (
@@ -190,7 +189,7 @@ def candidate_columns(
     rows = np.zeros((len(items), schema.width), dtype=np.int32)
     _fill(
         rows,
-        _column_codes(schema.candidate_columns),
+        places_among(CANDIDATE_COLUMNS, schema.candidate_columns),
         items,
         schema.epoch,
         moments[None] if single else np.ascontiguousarray(moments.T),
@@ -206,12 +205,6 @@ def candidate_columns(
         catalog.first_snapshot,
     )
     return rows
-
-
-@functools.cache
-def _column_codes(names: tuple[str, ...]) -> Int64Array:
-    """Of each of a schema's columns, its place in ``CANDIDATE_COLUMNS``."""
-    return np.array([CANDIDATE_COLUMNS.index(name) for name in names], dtype=np.int64)
 
 
 @compiled(INT, INT, INT)

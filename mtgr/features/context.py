@@ -107,7 +107,7 @@ def context_rows(
     events[middle - start :, TYPE_COLUMN] = TokenType.REALTIME
     _fill_events(
         events,
-        _column_codes(schema.event_columns),
+        places_among(EVENT_COLUMNS, schema.event_columns),
         items,
         np.ascontiguousarray(actions, dtype=np.int32),
         times,
@@ -118,9 +118,9 @@ def context_rows(
 
 
 @functools.cache
-def _column_codes(names: tuple[str, ...]) -> Int64Array:
-    """Of each of a schema's columns, its place in ``EVENT_COLUMNS``."""
-    return np.array([EVENT_COLUMNS.index(name) for name in names], dtype=np.int64)
+def places_among(known: tuple[str, ...], names: tuple[str, ...]) -> Int64Array:
+    """Of each of a schema's columns, its place among all that there may be: loops know columns by number."""
+    return np.array([known.index(name) for name in names], dtype=np.int64)
 
 
 @compiled(

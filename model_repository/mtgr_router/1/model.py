@@ -1,6 +1,7 @@
 """Triton adapter of the router; the logic is in ``mtgr.routing``."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -82,16 +83,18 @@ class TritonPythonModel:
     def execute(self, requests):
         """Schedule the requests and return at once."""
         for request in requests:
+            sender = request.get_response_sender()
             try:
-                self._take(request)
+                self._take(request, sender)
             except Exception as error:  # noqa: BLE001 - one request's trouble must not become its neighbours'
-                pb_utils.Logger.log_error(f"router: {type(error).__name__}: {error}")
+                failure = _failed(error)
+                with contextlib.suppress(Exception):  # the caller may be gone
+                    sender.send(_error(*failure), flags=FINAL)
         if self.arrivals and not self.woken:
             self.woken = True
             self.loop.call_soon_threadsafe(self._start)
 
-    def _take(self, request):
-        sender = request.get_response_sender()
+    def _take(self, request, sender):
         if self.router is None:
             sender.send(_error(self.problem, pb_utils.TritonError.UNAVAILABLE), flags=FINAL)
         elif request.is_cancelled():
@@ -144,8 +147,7 @@ class TritonPythonModel:
         except (UnavailableError, RequestTimeoutError) as error:
             failure = (str(error), pb_utils.TritonError.UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
-            pb_utils.Logger.log_error(f"router: {type(error).__name__}: {error}")
-            failure = ("the router failed; see the server's log.", pb_utils.TritonError.INTERNAL)
+            failure = _failed(error)
 
         def send():
             sender.send(_response(ranking) if failure is None else _error(*failure), flags=FINAL)
@@ -267,6 +269,12 @@ def _text(name, value):
 @functools.lru_cache(maxsize=1024)
 def _kept_text(name, value, thread):
     return pb_utils.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
+
+
+def _failed(error):
+    """Write down what nobody foresaw; what the caller is told of it."""
+    pb_utils.Logger.log_error(f"router: {type(error).__name__}: {error}")
+    return "the router failed; see the server's log.", pb_utils.TritonError.INTERNAL
 
 
 def _error(message, code):
