@@ -39,6 +39,32 @@ def group_norm(
     return normal.to(gain.dtype) * F.embedding(types, gain) + F.embedding(types, bias)
 
 
+def residual_group_norm(
+    x: Tensor, update: Tensor | None, types: Tensor, gain: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with what a block adds to it, and ``group_norm`` of that; one kernel on a GPU.
+
+    Args:
+        x: Float [T, d], rows contiguous, d at most 8192 on a GPU: the residual stream.
+        update: [T, d] in the precision of ``x``, rows contiguous; None for nothing.
+        types: As in ``group_norm``.
+        gain: As in ``group_norm``.
+        bias: As in ``group_norm``.
+        epsilon: As in ``group_norm``.
+
+    Returns:
+        x + update, [T, d] rounded to the precision of ``x`` as PyTorch does, or without an update ``x`` itself; and
+        that normalised, [T, d] in the precision of ``gain``.
+    """
+    if update is None:
+        return x, group_norm(x, types, gain, bias, epsilon)
+    if not use_triton(x):
+        total = x + update
+        return total, group_norm(total, types, gain, bias, epsilon)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return total, _fused(x, types, gain, bias, epsilon, None, None, update=update, total=total)
+
+
 def gated_group_norm(
     x: Tensor,
     types: Tensor,
@@ -74,19 +100,32 @@ def fp8_group_norm(
     On a GPU the result is rounded once, on the CPU first to the precision of ``gain``. ``by_row`` gives each row one
     scale, as ``QuantisedWeight.by_row`` wants it.
     """
-    if not use_triton(x):
-        if gate is None:
-            return quantise_rows(group_norm(x, types, gain, bias, epsilon), by_row=by_row)
-        gated = gated_group_norm(x, types, gain, bias, epsilon, gate, activates=activates)
-        return quantise_rows(gated, by_row=by_row)
-    from mtgr.kernels.triton_norm import group_norm_launch
+    if use_triton(x):
+        return _fused_fp8(x, types, gain, bias, epsilon, gate, by_row, activates)
+    if gate is None:
+        return quantise_rows(group_norm(x, types, gain, bias, epsilon), by_row=by_row)
+    gated = gated_group_norm(x, types, gain, bias, epsilon, gate, activates=activates)
+    return quantise_rows(gated, by_row=by_row)
 
-    made = empty_rows(x.shape[0], x.shape[1], x.device, by_row=by_row)
-    if x.shape[0]:
-        group_norm_launch(
-            x, types, gain, bias, epsilon, gate, made.data, scales=made.scales, by_row=by_row, activates=activates
-        ).run()
-    return made
+
+def fp8_residual_group_norm(
+    x: Tensor,
+    update: Tensor | None,
+    types: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    *,
+    by_row: bool = False,
+) -> tuple[Tensor, QuantisedRows]:
+    """``residual_group_norm``, what it normalised rounded to FP8 as ``fp8_group_norm`` does; the sum is as there."""
+    if update is None:
+        return x, fp8_group_norm(x, types, gain, bias, epsilon, by_row=by_row)
+    if not use_triton(x):
+        total = x + update
+        return total, fp8_group_norm(total, types, gain, bias, epsilon, by_row=by_row)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return total, _fused_fp8(x, types, gain, bias, epsilon, None, by_row, update=update, total=total)
 
 
 def _fused(
@@ -98,10 +137,47 @@ def _fused(
     gate: Tensor | None,
     shift: Tensor | None,
     activates: bool = False,
+    update: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     from mtgr.kernels.triton_norm import group_norm_launch
 
     out = torch.empty(x.shape, dtype=gain.dtype, device=x.device)
     if x.shape[0]:
-        group_norm_launch(x, types, gain, bias, epsilon, gate, out, shift, activates=activates).run()
+        group_norm_launch(
+            x, types, gain, bias, epsilon, gate, out, shift, activates=activates, update=update, total=total
+        ).run()
     return out
+
+
+def _fused_fp8(
+    x: Tensor,
+    types: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    gate: Tensor | None,
+    by_row: bool,
+    activates: bool = False,
+    update: Tensor | None = None,
+    total: Tensor | None = None,
+) -> QuantisedRows:
+    from mtgr.kernels.triton_norm import group_norm_launch
+
+    made = empty_rows(x.shape[0], x.shape[1], x.device, by_row=by_row)
+    if x.shape[0]:
+        group_norm_launch(
+            x,
+            types,
+            gain,
+            bias,
+            epsilon,
+            gate,
+            made.data,
+            scales=made.scales,
+            by_row=by_row,
+            activates=activates,
+            update=update,
+            total=total,
+        ).run()
+    return made

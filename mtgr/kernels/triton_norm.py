@@ -17,6 +17,15 @@ _LARGEST = tl.constexpr(LARGEST)
 _ELEMENTS_PER_WARP = 512
 
 
+@triton.jit
+def _rounded(x, dtype: tl.constexpr, interpreted: tl.constexpr):
+    """FP32 rounded to the nearest of ``dtype``, ties to even: Triton's interpreter cuts BF16's digits off instead."""
+    if interpreted and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
 @triton.jit(do_not_specialize=["epsilon"], do_not_specialize_on_alignment=["types"])
 def group_norm_kernel(
     x,
@@ -26,10 +35,14 @@ def group_norm_kernel(
     gate,
     out,
     shift,
+    update,
+    total,
     scales,
     epsilon,
     stride_types,
     stride_x,
+    stride_update,
+    stride_total,
     stride_gain,
     stride_bias,
     stride_gate,
@@ -40,6 +53,7 @@ def group_norm_kernel(
     is_gated: tl.constexpr,
     activates: tl.constexpr,
     is_shifted: tl.constexpr,
+    is_residual: tl.constexpr,
     is_fp8: tl.constexpr,
     by_row: tl.constexpr,
     interpreted: tl.constexpr,
@@ -47,18 +61,27 @@ def group_norm_kernel(
     """Normalise a row around its own mean, apply the gain and bias of its type and the gate, round once.
 
     In FP8 each block of numbers gets a scale, or the whole row one, and the row's last block is filled up with zeros.
+    As a residual, x + update is rounded to the precision of ``total``, stored there and normalised.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, padded_width)
     inside = columns < width
     row = tl.load(x + token * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
+    if is_residual:
+        row += tl.load(update + token * stride_update + columns, mask=inside, other=0.0).to(tl.float32)
+        rounded = _rounded(row, total.dtype.element_ty, interpreted)
+        row = rounded.to(tl.float32)
     if is_shifted:
         row += tl.load(shift + columns, mask=inside, other=0.0)
     kind = tl.load(types + token * stride_types).to(tl.int64)
     mean = tl.sum(row, axis=0) / width
     centred = tl.where(inside, row - mean, 0.0)
     variance = tl.sum(centred * centred, axis=0) / width
-    normal = centred / tl.sqrt_rn(variance + epsilon)
+    if is_residual:
+        # Not before the statistics: there a thread would have to put numbers outside its registers.
+        tl.store(total + token * stride_total + columns, rounded, mask=inside)
+    # One division a row: each is several instructions, also where its approximate inverse is shared.
+    normal = centred * (1.0 / tl.sqrt_rn(variance + epsilon))
     result = normal * tl.load(gain + kind * stride_gain + columns, mask=inside, other=0.0).to(tl.float32)
     result += tl.load(bias + kind * stride_bias + columns, mask=inside, other=0.0).to(tl.float32)
     if is_gated:
@@ -76,7 +99,9 @@ def group_norm_kernel(
         else:
             tl.store(scales + token * stride_scales + blocks, scale, mask=present)
         place = blocks[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-        tl.store(out + token * stride_out + place, to_e4m3(result / scale[:, None], interpreted), mask=present[:, None])
+        # The largest number may come out just above 448, which rounds to 448.
+        small = to_e4m3(result * (1.0 / scale)[:, None], interpreted)
+        tl.store(out + token * stride_out + place, small, mask=present[:, None])
     else:
         tl.store(out + token * stride_out + columns, result.to(out.dtype.element_ty), mask=inside)
 
@@ -93,10 +118,13 @@ def group_norm_launch(
     scales: Tensor | None = None,
     by_row: bool = False,
     activates: bool = False,
+    update: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Launch:
     """The launch that makes ``out``, [T, d], of ``mtgr.kernels.norm.group_norm``, times ``gate`` if there is one.
 
-    With ``scales`` it is that of ``fp8_group_norm``.
+    With ``scales`` it is that of ``fp8_group_norm``. With ``update`` it makes ``total`` too, both like ``x``, as
+    ``residual_group_norm`` does.
     """
     num_tokens, width = x.shape
     padded_width = triton.next_power_of_2(width)
@@ -113,10 +141,14 @@ def group_norm_launch(
             gate,
             out,
             shift,
+            update,
+            total,
             scales,
             epsilon,
             types.stride(0),
             x.stride(0),
+            0 if update is None else update.stride(0),
+            0 if total is None else total.stride(0),
             gain.stride(0),
             bias.stride(0),
             0 if gate is None else gate.stride(0),
@@ -129,6 +161,7 @@ def group_norm_launch(
             "is_gated": gate is not None,
             "activates": activates,
             "is_shifted": shift is not None,
+            "is_residual": update is not None,
             "is_fp8": scales is not None,
             "by_row": by_row,
             "interpreted": triton.knobs.runtime.interpret,

@@ -13,7 +13,7 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 
 from mtgr.errors import ConfigurationError
 from mtgr.kernels.dispatch import use_triton
-from mtgr.kernels.norm import fp8_group_norm, gated_group_norm, group_norm
+from mtgr.kernels.norm import fp8_group_norm, fp8_residual_group_norm, gated_group_norm, residual_group_norm
 from mtgr.kernels.paged_attention import PagedBias, time_bucket_edges, warm_up
 from mtgr.model.hstu import HSTUBlock
 from mtgr.model.mtgr import MTGR
@@ -118,11 +118,12 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
         types = rows[:, TYPE_COLUMN]
         step = self._step(metadata, rows, visible, types == TokenType.CANDIDATE)
         x = self._embed(rows, visible, step.is_candidate)
+        update: Tensor | None = None
         blocks: Iterable[tuple[Any, Any]] = zip(self.network.blocks, self.attention, strict=True)
         for index, (block, attention) in enumerate(blocks):
             bias = None if step.bias is None else step.bias.for_layer(*self._bias_tables[index])
-            x = _block(block, attention, x, types, step, bias, self.ranks)
-        return _normalise(self.network.output_norm, x, types)
+            x, update = _block(block, attention, x, update, types, step, bias, self.ranks)
+        return _normalise(self.network.output_norm, x, update, types)[1]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Take the checkpoint's tensors, of divided ones this rank's part.
@@ -227,21 +228,27 @@ def _block(
     block: HSTUBlock,
     attention: PagedAttention,
     x: Tensor,
+    update: Tensor | None,
     types: Tensor,
     step: Step,
     bias: PagedBias | None,
     ranks: Ranks,
-) -> Tensor:
-    """``HSTUBlock.forward`` with the keys of the context in the paged cache; float [T, d], the same on every rank."""
+) -> tuple[Tensor, Tensor | None]:
+    """``HSTUBlock.forward`` with the keys of the context in the paged cache; the same on every rank.
+
+    Takes and returns the residual stream, float [T, d], and the update that it still lacks, likewise, or None: the next
+    norm reads the stream anyway and adds the two on its way, which saves a pass over memory.
+    """
     norm, layer = block.input_norm, block.uvqk
     # On a GPU those kernels that read U, V, Q and K anyway put them through SiLU, unless the product's own does.
     if isinstance(layer, FP8Linear):
         is_raw = layer.by_row and use_triton(x)
-        rows = fp8_group_norm(x, types, norm.gain, norm.bias, norm.epsilon, by_row=layer.by_row)
+        x, rows = fp8_residual_group_norm(x, update, types, norm.gain, norm.bias, norm.epsilon, by_row=layer.by_row)
         merged = layer(rows, is_silu=not is_raw)
     else:
         is_raw = use_triton(x)
-        merged = layer(_normalise(norm, x, types))
+        x, normal = _normalise(norm, x, update, types)
+        merged = layer(normal)
         merged = merged if is_raw else F.silu(merged)
     u, v, q, k = merged.split(block.split, dim=-1)
     q, k, v = (part.unflatten(-1, (block.num_heads, -1)) for part in (q, k, v))
@@ -250,15 +257,16 @@ def _block(
     if ranks.size > 1:
         normalise = fp8_split_group_norm if isinstance(last, FP8Linear) else split_group_norm
         gated = normalise(attended, types, norm.gain, norm.bias, norm.epsilon, u, ranks, activates=is_raw)
-        return x + ranks.all_reduce(block.output(gated))
+        return x + ranks.all_reduce(block.output(gated)), None
     if isinstance(last, FP8Linear):
         rows = fp8_group_norm(
             attended, types, norm.gain, norm.bias, norm.epsilon, u, by_row=last.by_row, activates=is_raw
         )
-        update: Tensor = last(rows)
-        return x + update
-    return block.update(x, gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u, activates=is_raw))
+        return x, last(rows)
+    # ``HSTUBlock.update`` but for the sum, and for dropout, which is of training.
+    return x, last(gated_group_norm(attended, types, norm.gain, norm.bias, norm.epsilon, u, activates=is_raw))
 
 
-def _normalise(norm: GroupLayerNorm, x: Tensor, types: Tensor) -> Tensor:
-    return group_norm(x, types, norm.gain, norm.bias, norm.epsilon)
+def _normalise(norm: GroupLayerNorm, x: Tensor, update: Tensor | None, types: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream with its update, and that normalised; each float [T, d]."""
+    return residual_group_norm(x, update, types, norm.gain, norm.bias, norm.epsilon)

@@ -9,12 +9,19 @@ from torch import Tensor
 
 from mtgr.kernels.dispatch import use_triton
 from mtgr.kernels.linear import dequantise_rows
-from mtgr.kernels.norm import fp8_group_norm, gated_group_norm, group_norm
+from mtgr.kernels.norm import (
+    fp8_group_norm,
+    fp8_residual_group_norm,
+    gated_group_norm,
+    group_norm,
+    residual_group_norm,
+)
 from mtgr.model.norm import GroupLayerNorm
 from mtgr.schema import TokenType
 
 EPSILON = 1e-6
 TOKENS = 13
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Case:
@@ -38,6 +45,15 @@ class Case:
             variance = ((row - row.mean()) ** 2).mean()
             rows.append((row - row.mean()) / np.sqrt(variance + EPSILON) * gain[kind] + bias[kind])
         return np.stack(rows)
+
+
+def residual(width: int, dtype: torch.dtype) -> tuple[Case, Tensor, Tensor]:
+    """A case of a sum, x + update by PyTorch, and the two, x a part of wider rows."""
+    case = Case(width, dtype, dtype)
+    x, update = torch.randn(TOKENS, 3 * width).to(dtype)[:, :width], torch.randn(TOKENS, width).to(dtype)
+    x.copy_(case.x)
+    case.x = x + update
+    return case, x, update
 
 
 @pytest.mark.parametrize("width", [1, 32, 96, 768, 1000, 8192])
@@ -134,3 +150,66 @@ def test_fp8(width: int, is_gated: bool) -> None:
     assert (error <= np.maximum(np.abs(expected) / 16, scales / 1024) * 1.001 + 1e-4).all()
     blocks = np.abs(np.pad(expected, ((0, 0), (0, -width % 128)))).reshape(TOKENS, -1, 128).max(axis=2)
     np.testing.assert_allclose(made.scales.numpy(), blocks / 448, rtol=1e-3)
+
+
+def test_fp8_reaches_the_largest_number_and_never_passes_it() -> None:
+    """A block's largest number, times the inverse of its scale, may be a little more than e4m3 holds."""
+    case = Case(8192, torch.float32, torch.float32)
+    made = fp8_group_norm(*case.arguments())
+    assert (made.data.float().unflatten(1, (-1, 128)).abs().amax(dim=2) == 448).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 24, 160, 1000, 8192])
+def test_residual(width: int, dtype: torch.dtype) -> None:
+    """The stream is PyTorch's sum to the bit, and it is normalised as it was rounded."""
+    case, x, update = residual(width, dtype)
+    total, got = residual_group_norm(x, update, *case.arguments()[1:])
+    assert total.dtype == got.dtype == dtype
+    assert torch.equal(total, case.x)
+    assert torch.equal(got, group_norm(*case.arguments()))
+    module = GroupLayerNorm(width, EPSILON).to(dtype).requires_grad_(False)
+    module.gain.copy_(case.gain)
+    module.bias.copy_(case.bias)
+    expected = case.expected()
+    rounding = 2 * np.abs(module(case.x, case.types).double().numpy() - expected).max()
+    assert np.abs(got.double().numpy() - expected).max() <= (2e-4 if dtype == torch.float32 else rounding)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [24, 160, 768])
+def test_fp8_residual(width: int, dtype: torch.dtype, by_row: bool) -> None:
+    case, x, update = residual(width, dtype)
+    total, made = fp8_residual_group_norm(x, update, *case.arguments()[1:], by_row=by_row)
+    assert total.dtype == dtype
+    assert torch.equal(total, case.x)
+    alone = fp8_group_norm(*case.arguments(), by_row=by_row)
+    assert made.by_row is by_row
+    assert torch.equal(made.data.view(torch.uint8), alone.data.view(torch.uint8))
+    assert torch.equal(made.scales, alone.scales)
+    expected = case.expected()
+    # PyTorch rounds to the precision of the model on its way.
+    rounding = np.abs(group_norm(*case.arguments()).double().numpy() - expected)
+    scales = made.scales.repeat_interleave(width if by_row else 128, dim=1)[:, :width].numpy()
+    error = np.abs(dequantise_rows(made)[:, :width].numpy() - expected)
+    assert (error <= np.maximum(np.abs(expected) / 16, scales / 1024) * 1.001 + 1.1 * rounding + 1e-4).all()
+
+
+def test_a_residual_without_an_update_is_x() -> None:
+    case = Case(160, torch.float32, torch.float32)
+    total, got = residual_group_norm(case.x, None, *case.arguments()[1:])
+    assert total is case.x
+    assert torch.equal(got, group_norm(*case.arguments()))
+    total, made = fp8_residual_group_norm(case.x, None, *case.arguments()[1:], by_row=True)
+    assert total is case.x
+    assert torch.equal(made.scales, fp8_group_norm(*case.arguments(), by_row=True).scales)
+
+
+def test_a_residual_of_no_tokens() -> None:
+    case, x, update = residual(160, torch.float32)
+    arguments = x[:0], update[:0], case.types[:0], case.gain, case.bias, EPSILON
+    assert [made.shape for made in residual_group_norm(*arguments)] == [(0, 160), (0, 160)]
+    total, rows = fp8_residual_group_norm(*arguments)
+    assert total.shape == (0, 160)
+    assert rows.data.shape == (0, 256)

@@ -234,6 +234,10 @@ def test_stores_and_norms_compile(dtype: torch.dtype) -> None:
             launches.append(
                 group_norm_launch(x, types, gain, gain, 1e-6, None, torch.empty_like(gain), gain[0].float())
             )
+            total = torch.empty_like(x)
+            launches.append(
+                group_norm_launch(x, types, gain, gain, 1e-6, None, torch.empty_like(gain), update=x, total=total)
+            )
     with parallel_compilation():
         compiled = [launch.compile() for launch in launches]
     for launch, future in zip(launches, compiled, strict=True):
