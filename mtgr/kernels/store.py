@@ -35,11 +35,13 @@ def store_keys_values(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> Non
 def activate_and_store(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Put queries, keys and values through SiLU, where they lie, and store keys and values as above.
 
-    In one pass over what a block's product left, where SiLU and the store would each make their own.
+    In one pass over what a block's product left, where SiLU and the store would each make their own. Keys and values
+    that are stored are read from the cache from then on, and may stay in ``k`` and ``v`` as they are: on a GPU a
+    quarter of the pass would go into changing them.
 
     Args:
         q: Float [T, H, D], like ``k`` and ``v``, changed in place.
-        k: Float [T, H, D], likewise.
+        k: Float [T, H, D], changed in place where a token has no slot; else undefined between before and after SiLU.
         v: Float [T, H, D], likewise.
         cache: As of ``store_keys_values``.
         slots: As of ``store_keys_values``.

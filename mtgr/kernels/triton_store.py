@@ -54,8 +54,9 @@ def store_keys_values_kernel(
         of_queries = q + token * stride_q_token + heads[:, None] * stride_q_head + columns[None, :]
         tl.store(of_queries, _silu(tl.load(of_queries, mask=inside, other=0.0)), mask=inside)
         keys, values = _silu(keys), _silu(values)
-        tl.store(of_keys, keys, mask=inside)
-        tl.store(of_values, values, mask=inside)
+        kept = inside & (slot < 0)
+        tl.store(of_keys, keys, mask=kept)
+        tl.store(of_values, values, mask=kept)
     stored = inside & (slot >= 0)
     target = cache + slot // block_size * stride_cache_block + slot % block_size * stride_cache_slot
     target += heads[:, None] * stride_cache_head + columns[None, :]

@@ -63,13 +63,23 @@ def test_what_a_product_left_is_activated_where_it_lies(num_heads: int, head_siz
     def parts(rows: Tensor) -> list[Tensor]:
         return [part.unflatten(-1, (num_heads, head_size)) for part in rows.split(width, dim=-1)]
 
+    before = merged.clone()
     _, v, q, k = parts(merged)
     activate_and_store(q, k, v, caches[0], slots)
     step = torch.finfo(dtype).eps
-    torch.testing.assert_close(merged, activated, rtol=4 * step, atol=step)
-    _, v, _, k = parts(merged)
-    store_keys_values(k, v, caches[1], slots)
-    torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
+    _, expected_v, expected_q, expected_k = parts(activated)
+    store_keys_values(expected_k, expected_v, caches[1], slots)
+    torch.testing.assert_close(caches[0], caches[1], rtol=4 * step, atol=step, equal_nan=True)
+    torch.testing.assert_close(q, expected_q, rtol=4 * step, atol=step)
+    assert 0 < (slots < 0).sum() < num_tokens
+    _, v_before, _, k_before = parts(before)
+    for changed, expected, was in ((k, expected_k, k_before), (v, expected_v, v_before)):
+        unstored = slots < 0
+        torch.testing.assert_close(changed[unstored], expected[unstored], rtol=4 * step, atol=step)
+        # What is stored may stay as it was, but never anything else.
+        far = (changed - expected).abs() > 4 * step * expected.abs() + step
+        assert torch.equal(changed[far], was[far])
+    torch.testing.assert_close(merged[:, :width], before[:, :width], rtol=0, atol=0)
     activate_and_store(q[:0], k[:0], v[:0], caches[0], slots[:0])
 
 
