@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtgr.kernels.dispatch import capability_of
-from mtgr.kernels.launch import Launch
+from mtgr.kernels.launch import Launch, is_aligned
 from mtgr.kernels.linear import BLOCK, STEP, QuantisedRows, QuantisedWeight
 from mtgr.kernels.triton_fp8 import to_e4m3
 
@@ -21,6 +21,8 @@ _LARGEST = tl.constexpr(448.0)
 
 # Tiles of rows that take the same columns in turn, so that the weight's are still in the L2 cache.
 _GROUP = 8
+# The same where most tiles of rows may be skipped: the few that are not lie far apart.
+_SPARSE_GROUP = 32
 _ROWS_PER_PROGRAM = 16
 
 
@@ -32,6 +34,7 @@ def linear_kernel(
     out,
     x_scales,
     weight_scales,
+    wanted,
     num_rows,
     stride_x,
     stride_weight,
@@ -50,7 +53,7 @@ def linear_kernel(
     precision: tl.constexpr,
     widen: tl.constexpr,
 ):
-    """One tile, FP32 [block_m, block_n], of activation(x W^T + b)."""
+    """One tile, FP32 [block_m, block_n], of activation(x W^T + b); nothing if none of its rows is ``wanted``."""
     column_tiles = tl.cdiv(num_columns, block_n)
     row_tiles = tl.cdiv(num_rows, block_m)
     program = tl.program_id(0)
@@ -63,6 +66,10 @@ def linear_kernel(
     rows = row_tile * block_m + tl.arange(0, block_m)
     columns = column_tile * block_n + tl.arange(0, block_n)
     steps = tl.arange(0, block_k)
+    if wanted is not None:
+        is_read = tl.load(wanted + rows, mask=rows < num_rows, other=0)
+        if tl.max(is_read.to(tl.int32), axis=0) == 0:
+            return
     # Beyond the edges the last row is read again: what comes of it is not stored.
     read_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     read_columns = tl.minimum(columns, num_columns - 1).to(tl.int64)
@@ -71,6 +78,10 @@ def linear_kernel(
         if use_descriptors:
             left = x.load([row_tile * block_m, start])
             right = weight.load([column_tile * block_n, start])
+        elif depth % block_k != 0:
+            present = (start + steps < depth)[None, :]
+            left = tl.load(x + read_rows[:, None] * stride_x + (start + steps)[None, :], mask=present, other=0.0)
+            right = tl.load(weight + read_columns[:, None] * stride_weight + (start + steps)[None, :], mask=present, other=0.0)  # fmt: skip  # noqa: E501
         else:
             left = tl.load(x + read_rows[:, None] * stride_x + (start + steps)[None, :])
             right = tl.load(weight + read_columns[:, None] * stride_weight + (start + steps)[None, :])
@@ -128,12 +139,13 @@ def linear_launch(
     *,
     is_silu: bool,
     tile: tuple[int, int, int, int] | None = None,
+    wanted: Tensor | None = None,
 ) -> Launch:
     """The launch that makes ``out``, [T, N], of ``mtgr.kernels.linear.linear_silu``.
 
-    ``tile`` is block_m, block_n, num_warps, num_stages.
+    ``tile`` is block_m, block_n, num_warps, num_stages. Tiles without a ``wanted`` row, BOOL [T], stay unwritten.
     """
-    return _launch(x, weight, bias, out, None, None, STEP, is_silu, tile)
+    return _launch(x, weight, bias, out, None, None, STEP, is_silu, tile, wanted)
 
 
 def fp8_linear_launch(
@@ -159,12 +171,13 @@ def _launch(
     block_k: int,
     is_silu: bool,
     tile: tuple[int, int, int, int] | None,
+    wanted: Tensor | None = None,
 ) -> Launch:
     tokens, columns = out.shape
     is_fp8 = x_scales is not None
     interpreted = triton.knobs.runtime.interpret
     # Copies of whole tiles need rows that begin at multiples of 16 bytes; products on tensor cores have them.
-    use_descriptors = has_descriptors(x.device) and x.stride(0) * x.itemsize % 16 == 0
+    use_descriptors = has_descriptors(x.device) and is_aligned(x, weight)
     block_m, block_n, warps, stages = tile or tiles(tokens, use_descriptors, is_fp8)[0]
     left: Any = x
     right: Any = weight
@@ -181,6 +194,7 @@ def _launch(
             out,
             x_scales,
             weight_scales,
+            wanted,
             tokens,
             x.stride(0),
             weight.stride(0),
@@ -194,7 +208,7 @@ def _launch(
             "block_m": block_m,
             "block_n": block_n,
             "block_k": block_k,
-            "group": _GROUP,
+            "group": _GROUP if wanted is None else _SPARSE_GROUP,
             "use_descriptors": use_descriptors,
             "is_fp8": is_fp8,
             "is_silu": is_silu,

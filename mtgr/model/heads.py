@@ -54,7 +54,16 @@ class SharedBottomHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., T] of float [..., d]."""
-        logits: Tensor = self.towers(F.silu(self.bottom(x)))
+        return self.finish(x, F.silu(self.widest(x)))
+
+    @property
+    def widest(self) -> nn.Linear:
+        """The layer that nearly all of the products are in."""
+        return self.bottom
+
+    def finish(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [..., T] of float [..., d], its result by ``widest`` and SiLU given."""
+        logits: Tensor = self.towers(hidden)
         return logits
 
 
@@ -72,7 +81,16 @@ class MMoEHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., T] of float [..., d]."""
-        experts = F.silu(self.experts(x)).unflatten(-1, (self.num_experts, self.head_dim))
+        return self.finish(x, F.silu(self.widest(x)))
+
+    @property
+    def widest(self) -> nn.Linear:
+        """The layer that nearly all of the products are in."""
+        return self.experts
+
+    def finish(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [..., T] of float [..., d], its result by ``widest`` and SiLU given."""
+        experts = hidden.unflatten(-1, (self.num_experts, self.head_dim))
         gates = self.gates(x).unflatten(-1, (self.num_tasks, self.num_experts)).softmax(dim=-1)
         mixed = gates @ experts  # [..., T, head_dim]
         logits: Tensor = (mixed * self.tower).sum(dim=-1) + self.tower_bias

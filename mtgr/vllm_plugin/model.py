@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from mtgr.vllm_plugin.pooler import ScorePooler
 from mtgr.vllm_plugin.rows import RowCodec
 from mtgr.vllm_plugin.split_norm import fp8_split_group_norm, split_group_norm
 from mtgr.vllm_plugin.step import StepMetadata
+from mtgr.vllm_plugin.wanted_rows import WantedRows
 
 
 class MTGRForRecommendation(nn.Module, VllmModelForPooling):
@@ -103,12 +105,16 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
     def _trunk_and_scores(self, embeds: Tensor, metadata: StepMetadata) -> tuple[Tensor, Tensor]:
         """Trunk outputs, float [T, d], and scores, FP32 [T, tasks], those of context tokens without a meaning.
 
-        Scored with the trunk, candidates cost one launch less a kernel, and context tokens next to nothing.
+        Scored with the trunk, candidates cost one launch less a kernel, and context tokens next to nothing; where
+        they would, ``WantedRows`` leaves them out, and their scores may be NaN.
         """
         hidden = self.trunk(embeds, metadata)
         rows = self.rows[: len(embeds)]
+        is_candidate = rows[:, TYPE_COLUMN] == TokenType.CANDIDATE
         # Other tokens' ids are of other tables.
-        rows = rows.masked_fill((rows[:, TYPE_COLUMN] != TokenType.CANDIDATE)[:, None], 0)
+        rows = rows.masked_fill(~is_candidate[:, None], 0)
+        if self._wanted_rows is not None:
+            return hidden, self._wanted_rows.task_logits(hidden, rows, is_candidate).sigmoid()
         return hidden, self.network.task_logits(hidden, rows).sigmoid()
 
     def trunk(self, embeds: Tensor, metadata: StepMetadata | None) -> Tensor:
@@ -174,6 +180,11 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
             max_keys=self._max_tokens,
         )
 
+    @cached_property
+    def _wanted_rows(self) -> WantedRows | None:
+        """Made by the first step, which vLLM runs to measure memory: with weights, and before graphs are captured."""
+        return WantedRows.of(self.network)
+
     def _embed(self, rows: Tensor, visible: Tensor, is_candidate: Tensor) -> Tensor:
         """Float [T, d]."""
         embedding = self.network.embedding
@@ -182,6 +193,8 @@ class MTGRForRecommendation(nn.Module, VllmModelForPooling):
             x[~is_candidate] = embedding.context(rows[~is_candidate])
             x[is_candidate] = embedding.candidates(rows[is_candidate], visible[is_candidate])
             return x
+        if self._wanted_rows is not None:
+            return self._wanted_rows.embed(rows, visible, is_candidate)
         # On a GPU nothing may wait for how many there are of each: both embeddings take all tokens, and each is shown
         # padding where the other's rows stand, whose ids it may not have.
         context = embedding.context(rows.masked_fill(is_candidate[:, None], 0))

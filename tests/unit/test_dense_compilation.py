@@ -22,6 +22,7 @@ from mtgr.kernels.dense_fp8 import QuantisedHeads, aligned_segments
 from mtgr.kernels.dense_segments import padded_segments
 from mtgr.kernels.launch import Launch
 from mtgr.kernels.linear import BLOCK, QuantisedRows, QuantisedWeight
+from mtgr.kernels.rows_linear import AMPERE_TILE, HOPPER_TILE
 from mtgr.kernels.triton_fp8 import quantise_launch
 from mtgr.kernels.triton_linear import fp8_linear_launch, linear_launch, quantise_rows_launch, tiles
 from tests.unit.offline import MAX_STACK, SHARED, compile_for, finished, is_serialised, main_loop, stack
@@ -215,6 +216,18 @@ def test_other_lengths_need_no_other_kernel(capability: int) -> None:
         assert again is first, (batch, context, candidate)
 
 
+def rows_of_wide_layers(dtype: torch.dtype, tile: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Products of those tiles alone that somebody reads, of depths that are whole steps and that are not."""
+    compiled: dict[str, Any] = {}
+    wanted = torch.empty(2304, dtype=torch.bool)
+    for depth, is_silu in ((8192, False), (8192, True), (1000, True), (1001, True)):
+        x, weight = torch.empty(2304, depth, dtype=dtype), torch.empty(4096, depth, dtype=dtype)
+        bias, out = torch.empty(4096, dtype=dtype), torch.empty(2304, 4096, dtype=dtype)
+        launch = linear_launch(x, weight, bias, out, is_silu=is_silu, tile=tile, wanted=wanted)
+        compiled[f"rows {dtype} {depth} {is_silu}"] = (tile[0], launch.compile())
+    return compiled
+
+
 def test_rounding_and_linear_layers_compile(capability: int) -> None:
     compiled: dict[str, Any] = {}
     with parallel_compilation():
@@ -225,6 +238,7 @@ def test_rounding_and_linear_layers_compile(capability: int) -> None:
                 for tile in tiles(tokens, capability >= 90, False):
                     launch = linear_launch(x, weight, bias, out, is_silu=True, tile=tile)
                     compiled[f"linear {dtype} {tokens} {tile}"] = (tile[0], launch.compile())
+            compiled |= rows_of_wide_layers(dtype, HOPPER_TILE if capability >= 90 else AMPERE_TILE)
         if capability >= 90:
             for tokens in (16, 4096):
                 rows = QuantisedRows(torch.empty(tokens, 768, dtype=FP8), torch.empty(tokens, 768 // BLOCK))
