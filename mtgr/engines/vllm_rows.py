@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,28 @@ import torch
 
 from mtgr.config import ModelConfig
 from mtgr.engines.rows import RowChecker
-from mtgr.engines.vllm_runner import ProcessRunner, Recorder, Runner, ThreadRunner
+from mtgr.engines.vllm_runner import Answer, ProcessRunner, Recorder, Runner, ThreadRunner
 from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, SETTINGS_FILE, VLLMSettings
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
 from mtgr.files import read_json
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
-from mtgr.vllm_plugin import CANDIDATES, CONTEXT_TOKENS, CUDA_GRAPHS, QUANTIZATION, SCHEDULER, register
+from mtgr.vllm_plugin import (
+    CANDIDATES,
+    CONTEXT_TOKENS,
+    CUDA_GRAPHS,
+    QUANTIZATION,
+    SCHEDULER,
+    STATIC_TOKENS,
+    register,
+)
 from mtgr.vllm_plugin.orphans import mark_children
 from mtgr.vllm_plugin.parallel import check_ranks
 from mtgr.vllm_plugin.rows import RowCodec, trimmed, visible_lengths
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
+UInt8Array = npt.NDArray[np.uint8]
+Done = Callable[[Float32Array | Exception], object]
 
 # What vLLM reads from the environment. Nothing is downloaded and nothing reported; the newer model runner has no
 # pooling of prompt embeddings; a service on a CPU says itself how many threads it wants, and those that wait for the
@@ -78,7 +89,7 @@ class EngineStatistics:
 
 
 class VLLMRowEngine:
-    """Ranks and retrieves rows; made by ``start``, and used in the event loop that it was started in.
+    """Ranks and retrieves rows; made by ``start``, and used in the event loop that it was started in, or by ``submit``.
 
     Requests run side by side, each answered when it is done. One that is cancelled is taken out of the engine.
     """
@@ -104,6 +115,7 @@ class VLLMRowEngine:
         self._checker = RowChecker(schema, config.max_positions)
         self._identity = hashlib.sha256(f"{version} {schema.hash}".encode())
         self._counters: dict[str, Any] = {}
+        self._counting = threading.Lock()
 
     @classmethod
     async def start(
@@ -199,23 +211,49 @@ class VLLMRowEngine:
             InvalidRequestError: If rows are malformed.
             UnavailableError: If the engine is dead or does not answer in time.
         """
-        context, visible, salt = self._context(context)
-        self._check_width("candidates", candidates)
-        self._checker.check_candidates(candidates)
-        kept = trimmed(candidates)
-        if (kept[:, TYPE_COLUMN] != TokenType.CANDIDATE).any():
-            raise InvalidRequestError("candidates must hold candidate rows, padded at the end if at all.")
-        step = max(1, self._max_tokens - len(context))
-        parts = [kept[start : start + step] for start in range(0, len(kept), step)]
+        known, parts = self._ranked(context, candidates)
         async with _limit(timeout):
             # The first part caches the context, and the others find it there.
-            scored = [await self._run(context, visible, part, salt) for part in parts[:1]]
-            scored += await gather_all([self._run(context, visible, part, salt) for part in parts[1:]])
-        if not scored:
-            return np.full((len(candidates), len(self.schema.tasks)), np.nan, dtype=np.float32)
-        answer = np.concatenate([part.numpy() for part in scored])
-        missing = len(candidates) - len(answer)
-        return np.pad(answer, ((0, missing), (0, 0)), constant_values=np.nan) if missing else answer
+            scored = [await self._run(known.prompt(part)) for part in parts[:1]]
+            scored += await gather_all([self._run(known.prompt(part)) for part in parts[1:]])
+        return self._scores(scored, len(candidates))
+
+    def submit(self, context: Int32Array, candidates: Int32Array, done: Done) -> Callable[[], None] | None:
+        """``rank`` for threads, where no event loop takes a share of the time.
+
+        Args:
+            context: INT32 [n, W], as of ``rank``; not read any more once this returns.
+            candidates: INT32 [k, W], likewise.
+            done: Called once with FP32 [k, T], or with the error, from a thread of the engine's or this one.
+
+        Returns:
+            What takes the request out of the engine, though ``done`` may be called once more until it is out; None
+            where the request has to go through ``rank``: the engine is a process of its own, or there are more
+            candidates than a step computes.
+
+        Raises:
+            InvalidRequestError: If rows are malformed.
+        """
+        if not isinstance(self._runner, ThreadRunner):
+            return None
+        known, parts = self._ranked(context, candidates)
+        if len(parts) != 1:
+            return None
+        prompt = known.prompt(parts[0])
+
+        def settle(answer: Answer | Exception) -> None:
+            try:
+                done(self._scores([self._checked(prompt, answer)], len(candidates)))
+            except UnavailableError as error:
+                done(error)
+
+        abort = self._runner.submit(prompt.embeds, prompt.params, prompt.salt, settle)
+
+        def give_up() -> None:
+            abort()
+            self._count(aborted=1)
+
+        return give_up
 
     async def retrieve(self, context: Int32Array, timeout: float | None = None) -> tuple[Int32Array, Float32Array]:
         """The items most likely to come next.
@@ -231,9 +269,9 @@ class VLLMRowEngine:
             InvalidRequestError: If rows are malformed.
             UnavailableError: If the engine is dead or does not answer in time.
         """
-        context, visible, salt = self._context(context)
+        known = self._context(context)
         async with _limit(timeout):
-            found = await self._run(context, visible, context[:0], salt)
+            found = await self._run(known.prompt(context[:0]))
         return found[:, 0].to(torch.int32).numpy(), found[:, 1].float().numpy()
 
     async def warm_up(self) -> None:
@@ -267,53 +305,119 @@ class VLLMRowEngine:
         """End the engine, which takes seconds; requests in flight fail. From any thread."""
         self._runner.shutdown()
 
-    def _context(self, rows: Int32Array) -> tuple[Int32Array, Int32Array, str]:
-        """The rows without padding, what each token sees, and the salt of their cache blocks."""
+    def _context(self, rows: Int32Array) -> _Context:
         self._check_width("context", rows)
         self._checker.check_context(rows)
         rows = trimmed(rows)
         visible, static = visible_lengths(rows, 0, self._static_attention)
         if len(rows) > self._max_tokens:
             raise InvalidRequestError(f"context has {len(rows)} tokens; the engine takes {self._max_tokens}.")
+        packed = self._codec.pack(rows, visible)
         # A static token's keys depend on all of U and S: blocks are shared only by requests that agree on them.
         salt = self._identity.copy()
         salt.update(static.to_bytes(4, "little"))
-        salt.update(np.ascontiguousarray(rows[:static]).data)
-        return rows, visible, salt.hexdigest()
+        salt.update(packed[:static].data)
+        return _Context(packed, static, salt.hexdigest(), self._codec, self._dtype)
+
+    def _ranked(self, context: Int32Array, candidates: Int32Array) -> tuple[_Context, list[Int32Array]]:
+        """The context, and the candidates without padding in as many parts as steps are needed."""
+        known = self._context(context)
+        self._check_width("candidates", candidates)
+        self._checker.check_candidates(candidates)
+        kept = trimmed(candidates)
+        if (kept[:, TYPE_COLUMN] != TokenType.CANDIDATE).any():
+            raise InvalidRequestError("candidates must hold candidate rows, padded at the end if at all.")
+        step = max(1, self._max_tokens - len(known.packed))
+        return known, [kept[start : start + step] for start in range(0, len(kept), step)]
+
+    def _scores(self, parts: list[torch.Tensor], count: int) -> Float32Array:
+        """FP32 [count, T] of the parts' scores, FP32 [k, T], and NaN after them."""
+        if not parts:
+            return np.full((count, len(self.schema.tasks)), np.nan, dtype=np.float32)
+        answer = np.concatenate([part.numpy() for part in parts])
+        missing = count - len(answer)
+        return np.pad(answer, ((0, missing), (0, 0)), constant_values=np.nan) if missing else answer
 
     def _check_width(self, name: str, rows: Int32Array) -> None:
         if rows.ndim != 2 or rows.shape[1] != self.schema.width:
             raise InvalidRequestError(f"{name} has shape {list(rows.shape)}; it must be [tokens, {self.schema.width}].")
 
-    async def _run(self, context: Int32Array, visible: Int32Array, candidates: Int32Array, salt: str) -> torch.Tensor:
+    async def _run(self, prompt: _Prompt) -> torch.Tensor:
         """One request of vLLM: FP32 [k, T], or FP64 [m, 2] without candidates."""
-        from vllm import PoolingParams
-
-        n, k = len(context), len(candidates)
-        rows = np.concatenate([context, candidates])
-        seen = np.concatenate([visible, np.full(k, n, dtype=np.int32)])
-        params = PoolingParams(
-            task="token_classify",
-            extra_kwargs={CONTEXT_TOKENS: n, CANDIDATES: k},
-            skip_reading_prefix_cache=False,
-        )
+        answer: Answer | Exception
         try:
-            answer = await self._runner.run(self._codec.encode(rows, seen, self._dtype), params, salt)
+            answer = await self._runner.run(prompt.embeds, prompt.params, prompt.salt)
         except asyncio.CancelledError:
             self._count(aborted=1)
             raise
-        except Exception as error:  # vLLM's errors share no base class
+        except Exception as error:  # noqa: BLE001 - vLLM's errors share no base class
+            answer = error
+        return self._checked(prompt, answer)
+
+    def _checked(self, prompt: _Prompt, answer: Answer | Exception) -> torch.Tensor:
+        """An answer's numbers, counted."""
+        if isinstance(answer, Exception):
             self._count(failed=1)
-            raise UnavailableError(self.failure or f"vLLM failed: {error}") from error
+            raise UnavailableError(self.failure or f"vLLM failed: {answer}") from answer
         if not np.isfinite(answer.data.numpy()).all():  # for so few numbers quicker than PyTorch
             self._count(failed=1)
             raise UnavailableError("vLLM returned scores that are not finite numbers")
-        self._count(requests=1, context_tokens=n, context_tokens_cached=answer.cached, candidate_tokens=k)
+        self._count(
+            requests=1,
+            context_tokens=prompt.context_tokens,
+            context_tokens_cached=answer.cached,
+            candidate_tokens=len(prompt.embeds) - prompt.context_tokens,
+        )
         return answer.data
 
     def _count(self, **amounts: int) -> None:
-        for name, amount in amounts.items():
-            self._counters[name] = self._counters.get(name, 0) + amount
+        with self._counting:  # the engine's thread and others
+            for name, amount in amounts.items():
+                self._counters[name] = self._counters.get(name, 0) + amount
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What vLLM gets of one request."""
+
+    embeds: torch.Tensor
+    params: Any
+    salt: str
+    context_tokens: int
+
+
+@dataclass(frozen=True)
+class _Context:
+    """A context without padding.
+
+    Attributes:
+        packed: UINT8 [n, width], its rows in bytes.
+        static: Profile and history tokens.
+        salt: Digest of these, by which requests share pages.
+        codec: Packs candidates.
+        dtype: Of the model.
+    """
+
+    packed: UInt8Array
+    static: int
+    salt: str
+    codec: RowCodec
+    dtype: torch.dtype
+
+    def prompt(self, candidates: Int32Array) -> _Prompt:
+        """The context, and candidate rows INT32 [k, W] after it."""
+        from vllm import PoolingParams
+
+        n, k = len(self.packed), len(candidates)
+        packed = self.packed
+        if k:
+            packed = np.concatenate([packed, self.codec.pack(candidates, np.full(k, n, dtype=np.int32))])
+        params = PoolingParams(
+            task="token_classify",
+            extra_kwargs={CONTEXT_TOKENS: n, STATIC_TOKENS: self.static, CANDIDATES: k},
+            skip_reading_prefix_cache=False,
+        )
+        return _Prompt(torch.from_numpy(packed).to(self.dtype), params, self.salt, n)
 
 
 def _engine_arguments(settings: VLLMSettings) -> dict[str, Any]:

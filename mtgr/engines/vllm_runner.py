@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from mtgr.errors import UnavailableError
 
-# Before the engine clears up what finished requests leave behind, which holds the interpreter's lock.
-_REST_SECONDS = 0.005
+# Before the engine clears up what finished requests leave behind, which holds the interpreter's lock: once the answer
+# is sent, and before the next request of the same caller can be here.
+_REST_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Answer:
 
     data: Tensor
     cached: int
+
+
+Done = Callable[[Answer | Exception], object]
 
 
 class Runner(Protocol):
@@ -152,12 +157,18 @@ class ProcessRunner:
 
 @dataclass(eq=False)
 class _Request:
-    """A request of the thread's: what to do, and who waits for it."""
+    """A request of the thread's: what to do, and what is called with the answer or the error."""
 
     core: Any
-    loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[Answer]
+    done: Done
     queued: float = field(default_factory=time.monotonic)
+
+    def tell(self, found: Answer | Exception) -> None:
+        """Call it; whoever cannot be told must not end the engine for all others."""
+        try:
+            self.done(found)
+        except Exception:
+            logging.getLogger(__name__).exception("an answer of vLLM's engine found nobody")
 
 
 class ThreadRunner:
@@ -197,9 +208,30 @@ class ThreadRunner:
 
     async def run(self, embeds: Tensor, params: Any, salt: str) -> Answer:
         """Answer a request."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Answer] = loop.create_future()
+        abort = self.submit(embeds, params, salt, lambda found: loop.call_soon_threadsafe(_settle, answer, found))
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            abort()
+            raise
+
+    def submit(self, embeds: Tensor, params: Any, salt: str, done: Done) -> Callable[[], None]:
+        """Hand a request over, from any thread.
+
+        Args:
+            embeds: Float [n, width], rows in the precision of the model.
+            params: PoolingParams.
+            salt: Of the cache.
+            done: Called once with the answer or the error, in the engine's thread, which waits for it.
+
+        Returns:
+            What takes the request out of the engine again.
+        """
         from vllm.v1.engine import EngineCoreRequest
 
-        name, loop = str(next(self._numbers)), asyncio.get_running_loop()
+        name = str(next(self._numbers))
         params.verify(self._core.vllm_config.model_config)
         request = EngineCoreRequest(
             request_id=name,
@@ -214,15 +246,10 @@ class ThreadRunner:
             prompt_embeds=embeds,
             external_req_id=name,
         )
-        waiting = _Request(request, loop, loop.create_future())
-        self._inbox.put(("add", waiting))
+        self._inbox.put(("add", _Request(request, done)))
         if self._failed:
-            raise UnavailableError("vLLM's engine has ended.")
-        try:
-            return await waiting.answer
-        except asyncio.CancelledError:
-            self._inbox.put(("abort", name))
-            raise
+            self._refuse_new("it was shut down")  # nobody looks into the inbox any more
+        return lambda: self._inbox.put(("abort", name))
 
     async def profile(self, run: bool) -> None:
         """Start or stop the profiler."""
@@ -291,7 +318,7 @@ class ThreadRunner:
             self._core.add_request(request, wave)
         except ValueError as error:  # what vLLM refuses is one request's fault
             self._waiting.pop(value.core.request_id, None)
-            value.loop.call_soon_threadsafe(_reject, value.answer, error)
+            value.tell(error)
 
     def _step(self) -> None:
         core = self._core
@@ -305,7 +332,7 @@ class ThreadRunner:
             time.sleep(0.001)  # something is on its way to the cache or from it, in threads that need the lock
 
     def _deliver(self, outputs: list[Any]) -> None:
-        """Give the answers of a step to those who wait."""
+        """Give the answers of a step to those who asked."""
         from vllm.v1.engine import EngineCoreEventType
 
         preempted, queued = 0, 0.0
@@ -320,28 +347,37 @@ class ThreadRunner:
             queued += times[0] - request.queued if times else 0.0
             stats = output.prefill_stats
             answer = Answer(output.pooling_output, 0 if stats is None else int(stats.num_cached_tokens))
-            request.loop.call_soon_threadsafe(_resolve, request.answer, answer)
+            request.tell(answer)
         self._recorder.step(preempted, queued)
 
     def _fail(self, reason: object) -> None:
         """Tell everyone who waits, and those who come, that there will be no answer."""
         self._failed = True
-        failure = UnavailableError(f"vLLM's engine has ended: {reason}")
         waiting = list(self._waiting.values())
         self._waiting.clear()
-        while not self._inbox.empty():
-            what, value = self._inbox.get()
-            if what == "add":
-                waiting.append(value)
         for request in waiting:
-            request.loop.call_soon_threadsafe(_reject, request.answer, failure)
+            request.tell(_ended(reason))
+        self._refuse_new(reason)
+
+    def _refuse_new(self, reason: object) -> None:
+        """Answer those in the inbox; by the engine's thread as it ends, and by whoever comes later."""
+        while True:
+            try:
+                what, value = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if what == "add":
+                value.tell(_ended(reason))
 
 
-def _resolve(future: asyncio.Future[Answer], answer: Answer) -> None:
-    if not future.done():
-        future.set_result(answer)
+def _ended(reason: object) -> UnavailableError:
+    return UnavailableError(f"vLLM's engine has ended: {reason}")
 
 
-def _reject(future: asyncio.Future[Answer], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+def _settle(future: asyncio.Future[Answer], found: Answer | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(found, Exception):
+        future.set_exception(found)
+    else:
+        future.set_result(found)

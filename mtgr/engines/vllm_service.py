@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
 import threading
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +27,12 @@ Result = TypeVar("Result")
 
 # A caller's change of mind is looked for after this time, and then again and again: short requests are never asked.
 _CANCEL_SECONDS = 0.05
+_ASK_AGAIN_SECONDS = 0.25
 _ASKING = 2  # threads that look for it
 _WATCH_SECONDS = 0.25
 _RESTART_SECONDS = 2.0
 _DRAIN_SECONDS = 10.0
+_DRAIN_POLL_SECONDS = 0.02
 
 
 class CancelledRequestError(MTGRError):
@@ -87,8 +91,9 @@ class Call:
     """One request of a thread outside the event loop.
 
     Attributes:
-        inputs: ``context`` INT32 [B, n, W] and, to rank, ``candidates`` INT32 [B, k, W].
-        respond: Called once, from the loop's thread, with ``task_scores`` FP32 [B, k, T], or ``items`` INT32 [B, m] and
+        inputs: ``context`` INT32 [B, n, W] and, to rank, ``candidates`` INT32 [B, k, W]; not read any more once
+            ``submit`` returns.
+        respond: Called once, from any thread, with ``task_scores`` FP32 [B, k, T], or ``items`` INT32 [B, m] and
             ``scores`` FP32 [B, m], or with the error.
         cancelled: Whether the caller gave up.
         timeout: Seconds; None takes the service's own limit.
@@ -100,12 +105,27 @@ class Call:
     timeout: float | None = None
 
 
+@dataclass(eq=False)
+class _Flight:
+    """A request that was handed to the engine's thread."""
+
+    call: Call
+    limit: float
+    abort: Callable[[], None] = lambda: None
+    begun: float = field(default_factory=time.monotonic)
+    is_asked: bool = False
+
+
 class VLLMService:
-    """One engine in an event loop of its own thread.
+    """One engine, and an event loop in a thread of its own.
 
     Requests run side by side and are answered in the order in which they are done: a request whose context is cached
     overtakes one whose context is not. An engine that dies fails the requests it had, says why to those that come, and
     is started again a few times.
+
+    The usual request, of one user with candidates, goes from the caller's thread to the engine's and back without the
+    event loop, where each change of threads costs a lone request a tenth of a millisecond or two. The loop sees to the
+    others, to time limits, and to callers that gave up.
 
     Args:
         version_directory: Holds ``model.json``.
@@ -134,9 +154,12 @@ class VLLMService:
             self._stop_loop()
             raise
         self._calls: set[asyncio.Task[Arrays]] = set()
+        self._flights: dict[int, _Flight] = {}
+        self._numbers = itertools.count()
         self._watches: set[asyncio.Task[None]] = set()
         self._questions = CallThreads(_ASKING, "vllm-cancelled")
         self._watch = self._spawn(self._restart_when_dead())
+        self._traffic = self._spawn(self._watch_flights())
 
     @property
     def failure(self) -> str | None:
@@ -145,12 +168,77 @@ class VLLMService:
 
     @property
     def in_flight(self) -> int:
-        """Requests that are not answered yet; for whoever is in the loop's thread."""
-        return len(self._calls)
+        """Requests that are not answered yet."""
+        return len(self._calls) + len(self._flights)
 
     def submit(self, call: Call) -> None:
-        """Take a request up and return at once; safe from any thread."""
-        self._loop.call_soon_threadsafe(self._begin, call)
+        """Take a request up, from any thread."""
+        try:
+            self._check(call)
+            if len(call.inputs["context"]) == 1 and "candidates" in call.inputs and self._depart(call):
+                return
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets it
+            call.respond(error)
+            return
+        inputs = {name: rows.copy() for name, rows in call.inputs.items()}
+        self._loop.call_soon_threadsafe(self._begin, dataclasses.replace(call, inputs=inputs))
+
+    def _check(self, call: Call) -> None:
+        if self.failure is not None:
+            raise UnavailableError(self.failure)
+        if self.in_flight >= self.config.max_pending:
+            raise UnavailableError(f"{self.config.max_pending} requests are in flight, as many as are allowed.")
+        for name, rows in call.inputs.items():
+            if rows.ndim != 3:
+                raise InvalidRequestError(f"{name} has shape {list(rows.shape)}; it must be [batch, tokens, columns].")
+        if "context" not in call.inputs:
+            raise InvalidRequestError("context is missing.")
+        contexts, candidates = call.inputs["context"], call.inputs.get("candidates")
+        if candidates is not None and len(candidates) != len(contexts):
+            raise InvalidRequestError(f"context is about {len(contexts)} users, candidates about {len(candidates)}.")
+
+    def _depart(self, call: Call) -> bool:
+        """Hand a request to the engine's thread; False if it has to go through the event loop."""
+        number, flight = next(self._numbers), _Flight(call, call.timeout or self.config.timeout)
+        self._flights[number] = flight
+        try:
+            context, candidates = call.inputs["context"][0], call.inputs["candidates"][0]
+            abort = self._engine.submit(context, candidates, functools.partial(self._land, number))
+        except BaseException:
+            del self._flights[number]
+            raise
+        if abort is None:
+            del self._flights[number]
+            return False
+        flight.abort = abort
+        return True
+
+    def _land(self, number: int, found: npt.NDArray[np.float32] | Exception) -> None:
+        """Answer a request, unless somebody has."""
+        flight = self._flights.pop(number, None)
+        if flight is not None:
+            flight.call.respond(found if isinstance(found, Exception) else {"task_scores": found[None]})
+
+    async def _watch_flights(self) -> None:
+        """End those whose time is up, or whose callers gave up."""
+        while True:
+            await asyncio.sleep(_CANCEL_SECONDS)
+            now = time.monotonic()
+            for number, flight in list(self._flights.items()):
+                if now - flight.begun > flight.limit:
+                    flight.abort()
+                    self._land(number, UnavailableError(f"vLLM did not answer within {flight.limit:g} s"))
+                elif now - flight.begun > _CANCEL_SECONDS and not flight.is_asked:
+                    flight.is_asked = True
+                    self._watched(self._cancel_flight(number, flight))
+
+    async def _cancel_flight(self, number: int, flight: _Flight) -> None:
+        while number in self._flights:
+            if await self._questions.run(flight.call.cancelled):
+                flight.abort()
+                self._land(number, CancelledRequestError("the request was cancelled."))
+                return
+            await asyncio.sleep(_ASK_AGAIN_SECONDS)
 
     def statistics(self) -> EngineStatistics:
         """Counters since the service's start, over all engines it had."""
@@ -163,6 +251,10 @@ class VLLMService:
             self._watch.cancel()
             if self._calls:
                 await asyncio.wait(self._calls, timeout=_DRAIN_SECONDS)
+            end = time.monotonic() + _DRAIN_SECONDS
+            while self._flights and time.monotonic() < end:
+                await asyncio.sleep(_DRAIN_POLL_SECONDS)
+            self._traffic.cancel()
 
         self._wait(drain())
         self._engine.shutdown()
@@ -192,7 +284,10 @@ class VLLMService:
             call.respond(error)
 
     def _look_after(self, call: Call, task: asyncio.Task[Arrays]) -> None:
-        watch = self._loop.create_task(self._cancel_with(call, task))
+        self._watched(self._cancel_with(call, task))
+
+    def _watched(self, watching: Coroutine[Any, Any, None]) -> None:
+        watch = self._loop.create_task(watching)
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
 
@@ -202,18 +297,11 @@ class VLLMService:
             if await self._questions.run(call.cancelled):
                 task.cancel()
                 return
-            await asyncio.sleep(5 * _CANCEL_SECONDS)
+            await asyncio.sleep(_ASK_AGAIN_SECONDS)
 
     async def _run(self, call: Call) -> Arrays:
-        if self.failure is not None:
-            raise UnavailableError(self.failure)
-        if len(self._calls) > self.config.max_pending:
+        if len(self._calls) > self.config.max_pending:  # many may have come before the first was begun
             raise UnavailableError(f"{self.config.max_pending} requests are in flight, as many as are allowed.")
-        for name, rows in call.inputs.items():
-            if rows.ndim != 3:
-                raise InvalidRequestError(f"{name} has shape {list(rows.shape)}; it must be [batch, tokens, columns].")
-        if "context" not in call.inputs:
-            raise InvalidRequestError("context is missing.")
         contexts, candidates = call.inputs["context"], call.inputs.get("candidates")
         limit = call.timeout or self.config.timeout
         if candidates is None:
@@ -222,8 +310,6 @@ class VLLMService:
                 "items": np.stack([items for items, _ in found]),
                 "scores": np.stack([scores for _, scores in found]),
             }
-        if len(candidates) != len(contexts):
-            raise InvalidRequestError(f"context is about {len(contexts)} users, candidates about {len(candidates)}.")
         pairs = zip(contexts, candidates, strict=True)
         return {"task_scores": np.stack(await gather_all([self._engine.rank(*pair, limit) for pair in pairs]))}
 

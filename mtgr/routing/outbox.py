@@ -12,7 +12,7 @@ _MOST = 16
 
 
 class Outbox:
-    """A thread that sends answers, in their order; for one thread that puts them here.
+    """A thread that sends answers, in their order, for any threads that put them here.
 
     Triton's response senders return when the server has passed an answer on, some tenths of a millisecond later: in
     them an event loop would spend a third of its time, for every request the same.
@@ -26,7 +26,8 @@ class Outbox:
         self._failed = failed
         self._most = most
         self._queue: queue.SimpleQueue[Send | None] = queue.SimpleQueue()
-        self._put, self._sent = 0, 0  # each is counted by one thread
+        self._put, self._sent = 0, 0
+        self._putting = threading.Lock()  # only this class's own thread counts what was sent
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
@@ -45,7 +46,8 @@ class Outbox:
         if at_once or self._queue.qsize() >= self._most:
             self._try(send)
         else:
-            self._put += 1
+            with self._putting:
+                self._put += 1
             self._queue.put(send)
 
     def stop(self) -> None:

@@ -3,8 +3,9 @@
 ARCHITECTURE = "MTGRForRecommendation"
 MODEL_TYPE = "mtgr"
 SCHEDULER = "mtgr.vllm_plugin.scheduler.ContextScheduler"
-# Of a request's extra_kwargs: how many of its leading tokens are context, and how many candidates follow.
-CONTEXT_TOKENS, CANDIDATES = "context_tokens", "candidates"
+# Of a request's extra_kwargs: how many of its leading tokens are context, how many of these are static (profile and
+# history), and how many candidates follow.
+CONTEXT_TOKENS, STATIC_TOKENS, CANDIDATES = "context_tokens", "static_tokens", "candidates"
 # Keys of additional_config: whether steps run as captured graphs, and what the blocks' weights are rounded to.
 CUDA_GRAPHS, QUANTIZATION = "mtgr_cuda_graphs", "mtgr_quantization"
 

@@ -17,6 +17,7 @@ from mtgr.errors import InvalidRequestError
 from mtgr.schema import FIRST_COLUMN, SLOT_COLUMN, TIME, TYPE_COLUMN, Schema, TokenType
 
 Int32Array = npt.NDArray[np.int32]
+UInt8Array = npt.NDArray[np.uint8]
 
 _MAX_TOKENS = (1 << 16) - 1
 
@@ -52,23 +53,23 @@ class RowCodec:
         self._places = torch.from_numpy(places)
         self._shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int32)
 
-    def encode(self, rows: Int32Array, visible: Int32Array, dtype: torch.dtype) -> Tensor:
-        """Bytes of rows, float [n, width].
+    def pack(self, rows: Int32Array, visible: Int32Array) -> UInt8Array:
+        """Bytes of rows, UINT8 [n, width], row after row: those of a context tell it from any other.
 
         Args:
             rows: INT32 [n, W], every id in range.
             visible: INT32 [n], how many leading tokens of the sequence each token sees.
-            dtype: Precision of the model.
         """
         whole = np.concatenate([rows, visible[:, None]], axis=1, dtype=np.int32)
         # Nothing on a device reads the slots of candidates, which may go on beyond two bytes.
         whole[:, SLOT_COLUMN] = np.minimum(whole[:, SLOT_COLUMN], _MAX_TOKENS)
         raw = np.ascontiguousarray(whole.astype("<i4", copy=False)).view(np.uint8)
-        # Row after row, as vLLM copies them: an index would leave them column after column.
-        return torch.from_numpy(raw.take(self._bytes, axis=1)).to(dtype)
+        # An index would leave them column after column.
+        packed: UInt8Array = raw.take(self._bytes, axis=1)
+        return packed
 
     def decode(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows, INT32 [n, W], and visible lengths, INT32 [n], of ``encode``'s bytes on any device."""
+        """Rows, INT32 [n, W], and visible lengths, INT32 [n], of ``pack``'s bytes: float [n, width] on any device."""
         if self._places.device != embeds.device:
             self._places, self._shifts = self._places.to(embeds.device), self._shifts.to(embeds.device)
         padded = torch.nn.functional.pad(embeds, (0, 1)).to(torch.int32)

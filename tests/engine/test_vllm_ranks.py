@@ -110,7 +110,7 @@ class Network:
             whole = np.concatenate([user.context, user.candidates])
             seen, _ = visible_lengths(user.context, len(user.candidates), self.model.network.config.static_attention)
             stop = len(whole) if end == len(user.context) else end
-            rows.append(codec.encode(whole[begin:stop], seen[begin:stop], torch.float32))
+            rows.append(torch.from_numpy(codec.pack(whole[begin:stop], seen[begin:stop])).float())
             slots.append(torch.arange(begin, stop) + index * PAGES // len(parts) * BLOCK_SIZE)
             starts.append(starts[-1] + stop - begin)
         rows.append(torch.zeros(padding, codec.width))

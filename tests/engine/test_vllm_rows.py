@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -123,11 +124,11 @@ def test_a_stale_block_would_show(served: Served) -> None:
     context = user.context.copy()
     items = context[60:93, FIRST_COLUMN]  # late in S: the blocks before them are the same, but for what they attend to
     context[60:93, FIRST_COLUMN] = (items + 7) % served.schema.num_items
-    _, _, salt = served.engine._context(user.context)
     right = served.engine._context
+    salt = right(user.context).salt
 
-    def wrong(rows: Int32Array) -> tuple[Any, Any, str]:
-        return (*right(rows)[:2], salt)
+    def wrong(rows: Int32Array) -> Any:
+        return dataclasses.replace(right(rows), salt=salt)
 
     with mock.patch.object(served.engine, "_context", wrong):
         assert difference(served, User(context, user.candidates)) >= MISS

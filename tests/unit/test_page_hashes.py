@@ -9,19 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtgr.vllm_plugin import CONTEXT_TOKENS
+from mtgr.vllm_plugin import CONTEXT_TOKENS, STATIC_TOKENS
 from mtgr.vllm_plugin.hashing import page_hasher
 
 PAGE = 4
 SALT = "5a" * 32
 
 
-def request(rows: Tensor, context: int, salt: str | None = SALT, hashes: list[bytes] | None = None) -> Any:
+def request(
+    rows: Tensor, context: int, salt: str | None = SALT, hashes: list[bytes] | None = None, static: int = 0
+) -> Any:
     return SimpleNamespace(
         prompt_embeds=rows,
         cache_salt=salt,
         block_hashes=hashes or [],
-        pooling_params=SimpleNamespace(extra_kwargs={CONTEXT_TOKENS: context}),
+        pooling_params=SimpleNamespace(extra_kwargs={CONTEXT_TOKENS: context, STATIC_TOKENS: static}),
     )
 
 
@@ -71,3 +73,25 @@ def test_goes_on_where_it_stopped(rows: Tensor) -> None:
 def test_rows_need_not_lie_together(rows: Tensor) -> None:
     wider = torch.cat([rows, rows], dim=1)
     assert hashes(wider[:, :7], 16) == hashes(rows, 16)
+
+
+@pytest.mark.parametrize("static", [0, 1, 4, 5, 8, 15, 16])
+def test_static_pages_are_known_by_the_salt_alone(rows: Tensor, static: int) -> None:
+    others = rows.clone()
+    others[: static // PAGE * PAGE] += 1
+    found = hashes(rows, 16, static=static)
+    assert found == hashes(others, 16, static=static)
+    assert not set(found) & set(hashes(rows, 16, static=static, salt="6b" * 32))
+    assert len(set(found)) == 4
+    for changed in range(static // PAGE * PAGE, 16):
+        others = rows.clone()
+        others[changed, 6] = (others[changed, 6] + 1) % 256
+        same = [one == other for one, other in zip(found, hashes(others, 16, static=static), strict=True)]
+        assert same == [True] * (changed // PAGE) + [False] * (4 - changed // PAGE)
+
+
+@pytest.mark.parametrize("static", [4, 7, 12, 16])
+def test_static_pages_go_on_where_they_stopped(rows: Tensor, static: int) -> None:
+    whole = hashes(rows, 16, static=static)
+    for done in range(5):
+        assert hashes(rows, 16, static=static, hashes=whole[:done]) == whole[done:]
