@@ -131,6 +131,11 @@ class Admission:
         """Whether no request is here."""
         return not self.running and not self._queue
 
+    @property
+    def alone(self) -> bool:
+        """Whether no more than one request is here."""
+        return self.running <= 1 and not self._queue
+
     def drain(self) -> None:
         """Refuse whatever comes from now on; what is here ends, and then ``idle`` holds."""
         self.draining = True

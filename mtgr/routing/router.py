@@ -114,8 +114,12 @@ class Router:
             False: ShapeBatcher(guarded, 1, policy.admission.max_concurrent, routing.max_tokens),
         }
 
-    async def route(self, features: Features) -> Ranking:
+    async def route(self, features: Features, deliver: Callable[[Ranking], object] | None = None) -> Ranking:
         """Answer one request.
+
+        Args:
+            features: The request's.
+            deliver: Called with the answer as soon as it is there, before it is counted and its place given on.
 
         Raises:
             UnavailableError: If the strategy asked for, or every one under ``auto``, cannot serve, or there is no hope
@@ -130,6 +134,8 @@ class Router:
                 try:
                     async with asyncio.timeout(deadline.limit(3600.0)):
                         ranking = await self._route(features)
+                    if deliver is not None:
+                        deliver(ranking)
                 except TimeoutError as error:
                     raise RequestTimeoutError("the request's time limit ran out; allow more time.") from error
         except BaseException as error:

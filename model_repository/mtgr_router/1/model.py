@@ -97,7 +97,8 @@ class TritonPythonModel:
     def _take(self, request, sender):
         if self.router is None:
             sender.send(_error(self.problem, pb_utils.TritonError.UNAVAILABLE), flags=FINAL)
-        elif request.is_cancelled():
+        elif self.router.admission.waiting and request.is_cancelled():
+            # Asking takes a message to the server: worth it where this would keep others waiting.
             sender.send(_error("the request was cancelled.", pb_utils.TritonError.CANCELLED), flags=FINAL)
         else:
             # A copy: Triton takes inputs' memory back when execute returns. The rest is for the loop's thread, for two
@@ -138,9 +139,10 @@ class TritonPythonModel:
         return changes if self.policy.current.monitoring else []
 
     async def _answer(self, packed, sender):
-        ranking, failure = None, None
+        failure = None
         try:
-            ranking = await self.router.route(_features(packed))
+            await self.router.route(_features(packed), functools.partial(self._send, sender))
+            return
         except NotFeaturesError:
             message = "this model takes what mtgr_features gives; send requests to the model mtgr."
             failure = (message, pb_utils.TritonError.INVALID_ARG)
@@ -148,12 +150,12 @@ class TritonPythonModel:
             failure = (str(error), pb_utils.TritonError.UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
             failure = _failed(error)
+        self.outbox.put(lambda: sender.send(_error(*failure), flags=FINAL), at_once=self.router.admission.idle)
 
-        def send():
-            sender.send(_response(ranking) if failure is None else _error(*failure), flags=FINAL)
-
+    def _send(self, sender, ranking):
         # A lone request is answered right here: nobody is held up.
-        self.outbox.put(send, at_once=self.router.admission.idle)
+        send = functools.partial(_send_ranking, sender, ranking)
+        self.outbox.put(send, at_once=self.router.admission.alone)
 
     def finalize(self):
         """Let requests in flight end, then stop the loop."""
@@ -244,6 +246,10 @@ def _features(packed):
         return unpack(one[0])
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise NotFeaturesError from error
+
+
+def _send_ranking(sender, ranking):
+    sender.send(_response(ranking), flags=FINAL)
 
 
 def _response(ranking):
