@@ -1,7 +1,8 @@
 """``python -m perf.vllm_large``: the 8b preset behind the door, in bf16 and fp8, on one GPU and out of one export.
 
 ``door``: first and cached requests, one at a time, of servers that run side by side and are measured in turn; then once
-more while no processor falls asleep (``perf.awake``).
+more while no processor falls asleep (``perf.awake``). Requests are built before they are sent and answers left unread,
+as by perf_analyzer: what a client in Python takes is not the server's.
 ``users``: concurrent callers, each a user whose context is resident.
 ``offload``: users who were displaced from the GPU's pages and come back out of the host's memory.
 
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ import numpy as np
 import torch
 
 from mtgr.bundle import load_bundle
-from mtgr.client import AsyncMTGRClient
 from mtgr.config import ModelConfig, preset, preset_names
 from mtgr.engines.vllm_rows import VLLMRowEngine
 from mtgr.engines.vllm_settings import SETTINGS_FILE, VLLMSettings
@@ -44,7 +44,7 @@ from perf.record import describe
 from perf.repository import built_repository
 from perf.swap_blocks import serve_swap_blocks
 from perf.synthetic import synthetic_checkpoint
-from perf.vllm_door import rank_ms, request_of, wait_for_engine
+from perf.vllm_door import request_of, wait_for_engine
 from perf.vllm_gpu import CANDIDATES, DEVICE, checkpoint, gpu, rows
 
 # Servers of ``door``: changes of the engine's settings.
@@ -175,17 +175,21 @@ async def _door(
     items = load_bundle(repository).catalog.raw_ids
     generator = np.random.default_rng(options.seed)
     samples: dict[str, dict[str, list[float]]] = {name: {"cold": [], "cached": []} for name in servers}
-    clients = {name: AsyncMTGRClient(server.grpc_url, timeout=60) for name, server in servers.items()}
-    try:
-        for index in range(options.rounds + _WARMING):
-            for name, client in clients.items():
-                for state in ("cold", "cached", "cached", "cached"):
-                    taken = await rank_ms(client, request_of(f"user-{first + index}", items, generator))
+    states = ("cold", "cached", "cached", "cached")
+    count = options.rounds + _WARMING
+    async with AsyncExitStack() as stack:
+        callers = {}
+        for name, server in servers.items():
+            users = np.repeat(np.arange(count), len(states)) + first
+            requests = [request_of(f"user-{user}", items, generator) for user in users]
+            callers[name] = await stack.enter_async_context(RawCaller(server.grpc_url, requests, timeout=60.0))
+        for index in range(count):
+            for name, caller in callers.items():
+                for place, state in enumerate(states):
+                    start = time.perf_counter()
+                    await caller(index * len(states) + place)
                     if index >= _WARMING:
-                        samples[name][state].append(taken)
-    finally:
-        for client in clients.values():
-            await client.close()
+                        samples[name][state].append(1e3 * (time.perf_counter() - start))
     return samples
 
 
