@@ -51,6 +51,7 @@ ROUNDS = 15
 PROFILED = 10  # requests
 MAX_HISTORY = 2000  # so that a context of 2,048 tokens is not cut
 DTYPES = ("float32", "bfloat16", "float16")
+SHALLOW = "8b-shallow"  # two layers of a quarter of 8b's width, which take 8b's ways; for parity
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDE = "bfloat16" if DEVICE == "cuda" else "float32"  # what FP8 is not for
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.vllm_gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument("--section", action="append", choices=list(SECTIONS), help="may be repeated")
-    parser.add_argument("--preset", action="append", choices=preset_names(), help="of parity and crossover")
+    parser.add_argument("--preset", action="append", choices=(*preset_names(), SHALLOW), help="of parity and crossover")
     parser.add_argument("--context", type=int, action="append", help="tokens, of crossover and, the first, of overhead")
     parser.add_argument("--kv-gib", type=int, help="memory of the cache, where engines share a GPU; all by default")
     parser.add_argument("--dtype", default=WIDE, help="precision; fp8 is FP8 in the blocks' products")
@@ -100,7 +101,7 @@ async def parity(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     """fp32 within 1e-5 of PyTorch; low precision within twice PyTorch's own error (DESIGN, "equal")."""
     name, dtype = variant.rsplit("-", 1)
     model = checkpoint(name, options.seed, torch.float32)
-    users = [rows(model, length, 64, options.seed) for length in (7, 130, 512, 900)]
+    users = [rows(model, length, 64, options.seed) for length in (7, 130, 512, 900, 1500)]
     network = model.model
 
     def dense(user: User) -> npt.NDArray[np.float32]:
@@ -339,11 +340,13 @@ def wide(dtype: str) -> torch.dtype:
 
 def checkpoint(name: str, seed: int, dtype: torch.dtype) -> Checkpoint:
     """A random network of a preset, its tables for 20,000 items; made in ``dtype``, for 8b is 32 GB in fp32."""
+    wanted = {"num_layers": 2, "d_model": 2048, "num_heads": 16} if name == SHALLOW else {}
+    config = preset("8b" if name == SHALLOW else name, max_positions=4096, **wanted)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(DEVICE):
-            made = synthetic_checkpoint(preset(name, max_positions=4096), 20_000, seed, MAX_HISTORY)
+            made = synthetic_checkpoint(config, 20_000, seed, MAX_HISTORY)
         made.model.to(DEVICE)  # what was made out of arrays
         return made
     finally:
