@@ -116,17 +116,20 @@ async def parity(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     network = network.to(wide(dtype))
     native = max(float(np.abs(dense(user) - one).max()) for user, one in zip(users, wanted, strict=True))
     async with folder as engine:
-        worst = {"cold": 0.0, "warm": 0.0}
+        worst, apart = {"cold": 0.0, "warm": 0.0}, 0.0
         for user, one in zip(users, wanted, strict=True):
-            for state in worst:
-                worst[state] = max(worst[state], float(np.abs(await engine.rank(*user) - one).max()))
+            found = {state: await engine.rank(*user) for state in worst}
+            apart = max(apart, float(np.abs(found["warm"] - found["cold"]).max()))
+            for state, scores in found.items():
+                worst[state] = max(worst[state], float(np.abs(scores - one).max()))
     bound = 1e-5 if dtype == "float32" else 2 * native
-    print(f"   {variant}: {worst}, bound {bound:.2e}", flush=True)
+    print(f"   {variant}: {worst}, bound {bound:.2e}, apart {apart:.1e}", flush=True)
     return {
         "preset": name,
         "dtype": dtype,
         "spread": float(np.mean([one.std(axis=0).mean() for one in wanted])),
         "max_error": worst,
+        "warm_from_cold": apart,
         "pytorch": native,
         "bound": bound,
         "holds": max(worst.values()) <= bound,

@@ -3,7 +3,8 @@
     y = activation(x W^T + b)
 
 Inside a captured graph shapes may not depend on how many rows are wanted. The product is launched for all of them, and
-a program whose rows nobody wants returns before it reads a weight.
+a program whose rows nobody wants returns before it reads a weight. Numbers are rounded where PyTorch rounds them,
+before the activation too: the same rows, where they are few, go through PyTorch's product, and must not differ for it.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from mtgr.kernels.dispatch import capability_of
 from mtgr.kernels.launch import Launch, is_aligned
 from mtgr.kernels.linear import BLOCK, STEP, QuantisedRows, QuantisedWeight
 from mtgr.kernels.triton_fp8 import to_e4m3
+from mtgr.kernels.triton_rounding import rounded
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(448.0)
@@ -52,6 +53,7 @@ def linear_kernel(
     is_silu: tl.constexpr,
     precision: tl.constexpr,
     widen: tl.constexpr,
+    interpreted: tl.constexpr,
 ):
     """One tile, FP32 [block_m, block_n], of activation(x W^T + b); nothing if none of its rows is ``wanted``."""
     column_tiles = tl.cdiv(num_columns, block_n)
@@ -95,6 +97,8 @@ def linear_kernel(
             total = tl.dot(left, tl.trans(right), total, input_precision=precision)
     total += tl.load(bias + read_columns).to(tl.float32)[None, :]
     if is_silu:
+        if wanted is not None:  # as PyTorch, which makes the same rows where they are few
+            total = rounded(total, out.dtype.element_ty, interpreted).to(tl.float32)
         total = total / (1.0 + tl.exp2(total * -_LOG2_E))
     tl.store(
         out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :],
@@ -215,6 +219,7 @@ def _launch(
             "precision": "ieee",
             # The interpreter would multiply the bits of BF16 and FP8; FP32 gives the same products.
             "widen": interpreted and x.dtype not in (torch.float16, torch.float32),
+            "interpreted": interpreted,
             "num_warps": warps,
             "num_stages": stages,
         },

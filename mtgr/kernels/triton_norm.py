@@ -11,19 +11,11 @@ from mtgr.kernels.dense_fp8 import LARGEST
 from mtgr.kernels.launch import Launch
 from mtgr.kernels.linear import BLOCK
 from mtgr.kernels.triton_fp8 import to_e4m3
+from mtgr.kernels.triton_rounding import rounded
 
 _BLOCK = tl.constexpr(BLOCK)
 _LARGEST = tl.constexpr(LARGEST)
 _ELEMENTS_PER_WARP = 512
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr, interpreted: tl.constexpr):
-    """FP32 rounded to the nearest of ``dtype``, ties to even: Triton's interpreter cuts BF16's digits off instead."""
-    if interpreted and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit(do_not_specialize=["epsilon"], do_not_specialize_on_alignment=["types"])
@@ -69,8 +61,8 @@ def group_norm_kernel(
     row = tl.load(x + token * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
     if is_residual:
         row += tl.load(update + token * stride_update + columns, mask=inside, other=0.0).to(tl.float32)
-        rounded = _rounded(row, total.dtype.element_ty, interpreted)
-        row = rounded.to(tl.float32)
+        stream = rounded(row, total.dtype.element_ty, interpreted)
+        row = stream.to(tl.float32)
     if is_shifted:
         row += tl.load(shift + columns, mask=inside, other=0.0)
     kind = tl.load(types + token * stride_types).to(tl.int64)
@@ -79,7 +71,7 @@ def group_norm_kernel(
     variance = tl.sum(centred * centred, axis=0) / width
     if is_residual:
         # Not before the statistics: there a thread would have to put numbers outside its registers.
-        tl.store(total + token * stride_total + columns, rounded, mask=inside)
+        tl.store(total + token * stride_total + columns, stream, mask=inside)
     # One division a row: each is several instructions, also where its approximate inverse is shared.
     normal = centred * (1.0 / tl.sqrt_rn(variance + epsilon))
     result = normal * tl.load(gain + kind * stride_gain + columns, mask=inside, other=0.0).to(tl.float32)
