@@ -27,6 +27,16 @@ class RowChecker:
         self._context = _Limits(context)
         self._candidates = _Limits(_sizes(schema, schema.candidate_columns))
 
+    @property
+    def context_sizes(self) -> npt.NDArray[np.int64]:
+        """How many ids each column of a context has, INT64 [W]; of profile tokens the first has other ones."""
+        return self._context.sizes
+
+    @property
+    def candidate_sizes(self) -> npt.NDArray[np.int64]:
+        """The same of candidates."""
+        return self._candidates.sizes
+
     def check_context(self, rows: npt.NDArray[Any]) -> None:
         """Check context rows, INT [..., n, W].
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from mtgr.config import ModelConfig
-from mtgr.engines.rows import RowChecker
+from mtgr.engines.row_reader import RowReader
 from mtgr.engines.vllm_runner import Answer, ProcessRunner, Recorder, Runner, ThreadRunner
 from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, SETTINGS_FILE, VLLMSettings
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
@@ -34,7 +34,6 @@ from mtgr.vllm_plugin import (
 )
 from mtgr.vllm_plugin.orphans import mark_children
 from mtgr.vllm_plugin.parallel import check_ranks
-from mtgr.vllm_plugin.rows import RowCodec, trimmed, visible_lengths
 
 Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
@@ -109,10 +108,8 @@ class VLLMRowEngine:
         self._runner = runner
         self._recorder = recorder
         self._max_tokens = settings.max_model_len
-        self._static_attention = config.static_attention
         self._dtype = runner.dtype
-        self._codec = RowCodec(schema)
-        self._checker = RowChecker(schema, config.max_positions)
+        self._reader = RowReader(schema, config.max_positions, config.static_attention)
         self._identity = hashlib.sha256(f"{version} {schema.hash}".encode())
         self._counters: dict[str, Any] = {}
         self._counting = threading.Lock()
@@ -271,7 +268,7 @@ class VLLMRowEngine:
         """
         known = self._context(context)
         async with _limit(timeout):
-            found = await self._run(known.prompt(context[:0]))
+            found = await self._run(known.prompt())
         return found[:, 0].to(torch.int32).numpy(), found[:, 1].float().numpy()
 
     async def warm_up(self) -> None:
@@ -306,29 +303,21 @@ class VLLMRowEngine:
         self._runner.shutdown()
 
     def _context(self, rows: Int32Array) -> _Context:
-        self._check_width("context", rows)
-        self._checker.check_context(rows)
-        rows = trimmed(rows)
-        visible, static = visible_lengths(rows, 0, self._static_attention)
-        if len(rows) > self._max_tokens:
-            raise InvalidRequestError(f"context has {len(rows)} tokens; the engine takes {self._max_tokens}.")
-        packed = self._codec.pack(rows, visible)
+        packed, static = self._reader.context(rows)
+        if len(packed) > self._max_tokens:
+            raise InvalidRequestError(f"context has {len(packed)} tokens; the engine takes {self._max_tokens}.")
         # A static token's keys depend on all of U and S: blocks are shared only by requests that agree on them.
         salt = self._identity.copy()
         salt.update(static.to_bytes(4, "little"))
         salt.update(packed[:static].data)
-        return _Context(packed, static, salt.hexdigest(), self._codec, self._dtype)
+        return _Context(packed, static, salt.hexdigest(), self._dtype)
 
-    def _ranked(self, context: Int32Array, candidates: Int32Array) -> tuple[_Context, list[Int32Array]]:
-        """The context, and the candidates without padding in as many parts as steps are needed."""
+    def _ranked(self, context: Int32Array, candidates: Int32Array) -> tuple[_Context, list[UInt8Array]]:
+        """The context, and the candidates' bytes without padding in as many parts as steps are needed."""
         known = self._context(context)
-        self._check_width("candidates", candidates)
-        self._checker.check_candidates(candidates)
-        kept = trimmed(candidates)
-        if (kept[:, TYPE_COLUMN] != TokenType.CANDIDATE).any():
-            raise InvalidRequestError("candidates must hold candidate rows, padded at the end if at all.")
+        packed = self._reader.candidates(candidates, len(known.packed))
         step = max(1, self._max_tokens - len(known.packed))
-        return known, [kept[start : start + step] for start in range(0, len(kept), step)]
+        return known, [packed[start : start + step] for start in range(0, len(packed), step)]
 
     def _scores(self, parts: list[torch.Tensor], count: int) -> Float32Array:
         """FP32 [count, T] of the parts' scores, FP32 [k, T], and NaN after them."""
@@ -337,10 +326,6 @@ class VLLMRowEngine:
         answer = np.concatenate([part.numpy() for part in parts])
         missing = count - len(answer)
         return np.pad(answer, ((0, missing), (0, 0)), constant_values=np.nan) if missing else answer
-
-    def _check_width(self, name: str, rows: Int32Array) -> None:
-        if rows.ndim != 2 or rows.shape[1] != self.schema.width:
-            raise InvalidRequestError(f"{name} has shape {list(rows.shape)}; it must be [tokens, {self.schema.width}].")
 
     async def _run(self, prompt: _Prompt) -> torch.Tensor:
         """One request of vLLM: FP32 [k, T], or FP64 [m, 2] without candidates."""
@@ -394,24 +379,20 @@ class _Context:
         packed: UINT8 [n, width], its rows in bytes.
         static: Profile and history tokens.
         salt: Digest of these, by which requests share pages.
-        codec: Packs candidates.
         dtype: Of the model.
     """
 
     packed: UInt8Array
     static: int
     salt: str
-    codec: RowCodec
     dtype: torch.dtype
 
-    def prompt(self, candidates: Int32Array) -> _Prompt:
-        """The context, and candidate rows INT32 [k, W] after it."""
+    def prompt(self, candidates: UInt8Array | None = None) -> _Prompt:
+        """The context, and the bytes of candidates, UINT8 [k, width], after it."""
         from vllm import PoolingParams
 
-        n, k = len(self.packed), len(candidates)
-        packed = self.packed
-        if k:
-            packed = np.concatenate([packed, self.codec.pack(candidates, np.full(k, n, dtype=np.int32))])
+        n, k = len(self.packed), 0 if candidates is None else len(candidates)
+        packed = self.packed if candidates is None else np.concatenate([self.packed, candidates])
         params = PoolingParams(
             task="token_classify",
             extra_kwargs={CONTEXT_TOKENS: n, STATIC_TOKENS: self.static, CANDIDATES: k},

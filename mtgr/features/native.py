@@ -3,9 +3,10 @@
 NumPy makes a pass and an array of every operation, some two hundred for one request, each of a few microseconds and
 more where processes share a core. A loop is done with a request in some tens.
 
-What was compiled is kept in the user's cache folder (``XDG_CACHE_HOME``), by the text of this package and of the
-schema: Numba itself looks at the time of one file, and would go on with what another file's constants were. Where
-nothing can be kept, or what is there cannot be read, every start compiles anew, for about five seconds.
+What was compiled is kept in the user's cache folder (``XDG_CACHE_HOME``), by the text of this package, of the schema
+and of whatever else has loops: Numba itself looks at the time of one file, and would go on with what another file's
+constants were. Where nothing can be kept, or what is there cannot be read, every start compiles anew, for about five
+seconds.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from typing import Any, TypeVar, cast
 
 import numba
 from numba import config, njit, types, vectorize
-
-import mtgr.data.tasks
-import mtgr.schema
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -77,11 +75,16 @@ def _kept(compiler: Callable[[bool], Any]) -> Callable[[Function], Function]:
     return decorate
 
 
+def sources() -> list[Path]:
+    """The files that have loops, and those whose constants these read."""
+    package = Path(__file__).parents[1]
+    others = ("schema.py", "data/tasks.py", "engines/row_reader.py", "routing/metrics.py", "vllm_plugin/rows.py")
+    return [*sorted(package.glob("features/*.py")), *(package / name for name in others)]
+
+
 def _folder() -> str | None:
     """Where compiled functions of this very text are kept; None if nothing can be."""
-    features = Path(__file__).parent
-    sources = [*sorted(features.glob("*.py")), Path(mtgr.schema.__file__), Path(mtgr.data.tasks.__file__)]
-    text = b"".join(path.read_bytes() for path in sources)
+    text = b"".join(path.read_bytes() for path in sources())
     name = f"{hashlib.sha256(text).hexdigest()[:16]}-numba{numba.__version__}-py{sys.version_info.minor}"
     # In a container the first may be part of an image, and read-only.
     for base in (os.environ.get("XDG_CACHE_HOME"), "~/.cache"):

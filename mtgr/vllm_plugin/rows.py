@@ -17,9 +17,10 @@ from mtgr.errors import InvalidRequestError
 from mtgr.schema import FIRST_COLUMN, SLOT_COLUMN, TIME, TYPE_COLUMN, Schema, TokenType
 
 Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
 
-_MAX_TOKENS = (1 << 16) - 1
+MAX_TOKENS = (1 << 16) - 1
 
 
 class RowCodec:
@@ -35,7 +36,7 @@ class RowCodec:
     def __init__(self, schema: Schema) -> None:
         sizes = [0] * schema.width
         sizes[TYPE_COLUMN] = len(TokenType)
-        sizes[SLOT_COLUMN] = _MAX_TOKENS
+        sizes[SLOT_COLUMN] = MAX_TOKENS
         for columns in (schema.event_columns, schema.candidate_columns):
             for index, name in enumerate(columns, start=FIRST_COLUMN):
                 size = 1 << 31 if name == TIME else schema.column_size(name)
@@ -46,12 +47,17 @@ class RowCodec:
         counts.append(2)
         self.columns = schema.width
         self.width = sum(counts)
-        self._bytes = np.concatenate([4 * column + np.arange(count) for column, count in enumerate(counts)])
+        self._bytes: Int64Array = np.concatenate([4 * column + np.arange(count) for column, count in enumerate(counts)])
         # For each of a column's four bytes, where it stands among the bytes carried; one past the last is always 0.
         places = np.full(4 * len(counts), self.width)
         places[self._bytes] = np.arange(self.width)
         self._places = torch.from_numpy(places)
         self._shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int32)
+
+    @property
+    def places(self) -> Int64Array:
+        """Where each byte stands among those of a row, INT64 [width]; the last two are of the visible length."""
+        return self._bytes
 
     def pack(self, rows: Int32Array, visible: Int32Array) -> UInt8Array:
         """Bytes of rows, UINT8 [n, width], row after row: those of a context tell it from any other.
@@ -62,7 +68,7 @@ class RowCodec:
         """
         whole = np.concatenate([rows, visible[:, None]], axis=1, dtype=np.int32)
         # Nothing on a device reads the slots of candidates, which may go on beyond two bytes.
-        whole[:, SLOT_COLUMN] = np.minimum(whole[:, SLOT_COLUMN], _MAX_TOKENS)
+        whole[:, SLOT_COLUMN] = np.minimum(whole[:, SLOT_COLUMN], MAX_TOKENS)
         raw = np.ascontiguousarray(whole.astype("<i4", copy=False)).view(np.uint8)
         # An index would leave them column after column.
         packed: UInt8Array = raw.take(self._bytes, axis=1)

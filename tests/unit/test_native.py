@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtgr.features import buckets, catalog, context, state
+from mtgr.features import buckets, catalog, context, native, state
 from mtgr.schema import LOG_COUNT_SIZE
 
 PROGRAM = """
@@ -87,3 +87,13 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
     number, other = run({"XDG_CACHE_HOME": str(tmp_path), "HOME": str(home)})
     assert number == 4
     assert Path(other).is_relative_to(home)
+
+
+def test_every_file_with_loops_is_known() -> None:
+    """Or a change to it would leave what was compiled of the old one in use."""
+    package = Path(native.__file__).parents[1]
+    with_loops = {
+        path for path in package.rglob("*.py") if "mtgr.features.native import" in path.read_text(encoding="utf-8")
+    }
+    assert with_loops
+    assert with_loops <= set(native.sources())
