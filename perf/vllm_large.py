@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--section", action="append", choices=SECTIONS, help="may be repeated")
     parser.add_argument("--preset", choices=preset_names(), default="8b")
     parser.add_argument("--context", type=int, default=2048, help="tokens")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="server of door; may be repeated")
     parser.add_argument("--rounds", type=int, default=20, help="users of door")
     parser.add_argument("--users", type=int, default=48, help="callers, and users, of users")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each of three measurements of users")
@@ -149,7 +150,8 @@ def door(repository: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of first and cached requests of each variant, in turn for each user."""
     token = token_bytes(preset(options.preset))
     kv_gib = 4 * (options.context + 1024) * token / (1 << 30)
-    repositories = {name: changed(repository, name, kv_gib, changes) for name, changes in VARIANTS.items()}
+    chosen = options.variant or VARIANTS
+    repositories = {name: changed(repository, name, kv_gib, VARIANTS[name]) for name in chosen}
     with serving(repositories, options.out) as servers:
         samples = asyncio.run(_door(servers, repository, options, 0))
         with awake():  # and other users, whom nothing knows either
