@@ -61,8 +61,8 @@ class RowReader:
         if found != _WRONG:
             count, static = divmod(found, MAX_TOKENS + 1)
             return packed[:count], static
-        self._checker.check_context(rows)
         kept = trimmed(rows)
+        self._checker.check_context(kept)
         visible, static = visible_lengths(kept, 0, self._static_attention)
         return self._codec.pack(kept, visible), static
 
@@ -81,8 +81,8 @@ class RowReader:
         found = self._read(rows, packed, visible)
         if found != _WRONG:
             return packed[:found]
-        self._checker.check_candidates(rows)
         kept = trimmed(rows)
+        self._checker.check_candidates(kept)
         if (kept[:, TYPE_COLUMN] != TokenType.CANDIDATE).any():
             raise InvalidRequestError("candidates must hold candidate rows, padded at the end if at all.")
         return self._codec.pack(kept, np.full(len(kept), visible, dtype=np.int32))

@@ -108,6 +108,7 @@ class VLLMRowEngine:
         self._runner = runner
         self._recorder = recorder
         self._max_tokens = settings.max_model_len
+        self._most_tokens = min(settings.max_model_len, config.max_positions)
         self._dtype = runner.dtype
         self._reader = RowReader(schema, config.max_positions, config.static_attention)
         self._identity = hashlib.sha256(f"{version} {schema.hash}".encode())
@@ -221,7 +222,7 @@ class VLLMRowEngine:
         Args:
             context: INT32 [n, W], as of ``rank``; not read any more once this returns.
             candidates: INT32 [k, W], likewise.
-            done: Called once with FP32 [k, T], or with the error, from a thread of the engine's or this one.
+            done: Called once with FP32 [k, T], or with the error, from any thread.
 
         Returns:
             What takes the request out of the engine, though ``done`` may be called once more until it is out; None
@@ -238,11 +239,17 @@ class VLLMRowEngine:
             return None
         prompt = known.prompt(parts[0])
 
+        count = len(candidates)
+
         def settle(answer: Answer | Exception) -> None:
+            found: Float32Array | Exception
             try:
-                done(self._scores([self._checked(prompt, answer)], len(candidates)))
+                found = self._scores([self._checked(prompt, answer)], count)
             except UnavailableError as error:
-                done(error)
+                found = error
+            except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets it
+                found = UnavailableError(f"vLLM failed: {error}")
+            done(found)
 
         abort = self._runner.submit(prompt.embeds, prompt.params, prompt.salt, settle)
 
@@ -315,8 +322,14 @@ class VLLMRowEngine:
     def _ranked(self, context: Int32Array, candidates: Int32Array) -> tuple[_Context, list[UInt8Array]]:
         """The context, and the candidates' bytes without padding in as many parts as steps are needed."""
         known = self._context(context)
-        packed = self._reader.candidates(candidates, len(known.packed))
-        step = max(1, self._max_tokens - len(known.packed))
+        tokens = len(known.packed)
+        packed = self._reader.candidates(candidates, tokens)
+        # A candidate takes a token's place, and stands at the position after the context's last.
+        if len(packed) and tokens >= self._most_tokens:
+            raise InvalidRequestError(
+                f"context has {tokens} tokens; with candidates the engine takes {self._most_tokens - 1}."
+            )
+        step = max(1, self._max_tokens - tokens)
         return known, [packed[start : start + step] for start in range(0, len(packed), step)]
 
     def _scores(self, parts: list[torch.Tensor], count: int) -> Float32Array:
@@ -344,6 +357,9 @@ class VLLMRowEngine:
         if isinstance(answer, Exception):
             self._count(failed=1)
             raise UnavailableError(self.failure or f"vLLM failed: {answer}") from answer
+        if answer.data is None:  # as of pages that could not be loaded
+            self._count(failed=1)
+            raise UnavailableError("vLLM ended the request without an answer")
         if not np.isfinite(answer.data.numpy()).all():  # for so few numbers quicker than PyTorch
             self._count(failed=1)
             raise UnavailableError("vLLM returned scores that are not finite numbers")

@@ -28,11 +28,11 @@ class Answer:
     """What the engine says to a request.
 
     Attributes:
-        data: What the model's pooler made of the request.
+        data: What the model's pooler made of the request; None if the engine ended it before.
         cached: Tokens of it whose keys and values were in the cache.
     """
 
-    data: Tensor
+    data: Tensor | None
     cached: int
 
 
@@ -224,7 +224,8 @@ class ThreadRunner:
             embeds: Float [n, width], rows in the precision of the model.
             params: PoolingParams.
             salt: Of the cache.
-            done: Called once with the answer or the error, in the engine's thread, which waits for it.
+            done: Called once with the answer or the error, in the engine's thread, which waits for it; once the engine
+                has ended, in whichever thread hands something over.
 
         Returns:
             What takes the request out of the engine again.
@@ -312,9 +313,9 @@ class ThreadRunner:
                 value[1].get_loop().call_soon_threadsafe(value[1].set_result, None)
 
     def _add(self, value: _Request) -> None:
+        self._waiting[value.core.request_id] = value  # first: whatever comes of it, it is told
         try:
             request, wave = self._core.preprocess_add_request(value.core)
-            self._waiting[request.request_id] = value
             self._core.add_request(request, wave)
         except ValueError as error:  # what vLLM refuses is one request's fault
             self._waiting.pop(value.core.request_id, None)

@@ -96,7 +96,7 @@ class Call:
         respond: Called once, from any thread, with ``task_scores`` FP32 [B, k, T], or ``items`` INT32 [B, m] and
             ``scores`` FP32 [B, m], or with the error.
         cancelled: Whether the caller gave up.
-        timeout: Seconds; None takes the service's own limit.
+        timeout: Seconds, looked at every 0.05; None takes the service's own limit.
     """
 
     inputs: Mapping[str, npt.NDArray[Any]]
@@ -114,6 +114,7 @@ class _Flight:
     abort: Callable[[], None] = lambda: None
     begun: float = field(default_factory=time.monotonic)
     is_asked: bool = False
+    is_given_up: bool = False
 
 
 class VLLMService:
@@ -199,35 +200,51 @@ class VLLMService:
 
     def _depart(self, call: Call) -> bool:
         """Hand a request to the engine's thread; False if it has to go through the event loop."""
-        number, flight = next(self._numbers), _Flight(call, call.timeout or self.config.timeout)
+        context, candidates = call.inputs["context"][0], call.inputs["candidates"][0]
+        # Triton takes the inputs' memory back before the flight ends.
+        flight = _Flight(dataclasses.replace(call, inputs={}), call.timeout or self.config.timeout)
+        number = next(self._numbers)
         self._flights[number] = flight
         try:
-            context, candidates = call.inputs["context"][0], call.inputs["candidates"][0]
             abort = self._engine.submit(context, candidates, functools.partial(self._land, number))
-        except BaseException:
-            del self._flights[number]
-            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets it, if nobody has told it that it is late
+            self._land(number, error)
+            return True
         if abort is None:
-            del self._flights[number]
-            return False
+            return self._flights.pop(number, None) is None
         flight.abort = abort
+        if flight.is_given_up:  # before there was anything to abort
+            abort()
         return True
 
     def _land(self, number: int, found: npt.NDArray[np.float32] | Exception) -> None:
         """Answer a request, unless somebody has."""
         flight = self._flights.pop(number, None)
         if flight is not None:
-            flight.call.respond(found if isinstance(found, Exception) else {"task_scores": found[None]})
+            self._respond(flight, found if isinstance(found, Exception) else {"task_scores": found[None]})
+
+    def _give_up(self, number: int, error: Exception) -> None:
+        """Take a request out of the engine, unless it is answered."""
+        flight = self._flights.pop(number, None)
+        if flight is not None:
+            flight.is_given_up = True
+            flight.abort()
+            self._respond(flight, error)
+
+    def _respond(self, flight: _Flight, answer: Arrays | Exception) -> None:
+        try:
+            flight.call.respond(answer)
+        except Exception as error:  # noqa: BLE001 - one caller's trouble must not become the others'
+            self._log(f"vllm: an answer was not sent: {error}")
 
     async def _watch_flights(self) -> None:
         """End those whose time is up, or whose callers gave up."""
         while True:
             await asyncio.sleep(_CANCEL_SECONDS)
             now = time.monotonic()
-            for number, flight in list(self._flights.items()):
+            for number, flight in self._flights.copy().items():  # at once: others take flights out meanwhile
                 if now - flight.begun > flight.limit:
-                    flight.abort()
-                    self._land(number, UnavailableError(f"vLLM did not answer within {flight.limit:g} s"))
+                    self._give_up(number, UnavailableError(f"vLLM did not answer within {flight.limit:g} s"))
                 elif now - flight.begun > _CANCEL_SECONDS and not flight.is_asked:
                     flight.is_asked = True
                     self._watched(self._cancel_flight(number, flight))
@@ -235,8 +252,7 @@ class VLLMService:
     async def _cancel_flight(self, number: int, flight: _Flight) -> None:
         while number in self._flights:
             if await self._questions.run(flight.call.cancelled):
-                flight.abort()
-                self._land(number, CancelledRequestError("the request was cancelled."))
+                self._give_up(number, CancelledRequestError("the request was cancelled."))
                 return
             await asyncio.sleep(_ASK_AGAIN_SECONDS)
 
@@ -249,9 +265,9 @@ class VLLMService:
 
         async def drain() -> None:
             self._watch.cancel()
+            end = time.monotonic() + _DRAIN_SECONDS
             if self._calls:
                 await asyncio.wait(self._calls, timeout=_DRAIN_SECONDS)
-            end = time.monotonic() + _DRAIN_SECONDS
             while self._flights and time.monotonic() < end:
                 await asyncio.sleep(_DRAIN_POLL_SECONDS)
             self._traffic.cancel()

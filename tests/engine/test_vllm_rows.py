@@ -215,14 +215,16 @@ def test_a_cached_request_overtakes_those_that_are_not(served: Served) -> None:
     async def together(users: list[User]) -> None:
         await asyncio.gather(*(ask(index, user) for index, user in enumerate(users)))
 
-    for _ in range(5):
+    for _ in range(8):
         order.clear()
         crowd = [random_user(served.schema, generator, history=200, realtime=90, candidates=300) for _ in range(10)]
         begin = time.monotonic()
         served.run(together([*crowd, known]))
-        if time.monotonic() - begin < PATIENCE_SECONDS:
-            break  # else the machine stood still, and nobody overtakes those who have waited so long
-    assert sorted(order) == list(range(11))
+        assert sorted(order) == list(range(11))
+        # Where the machine stands still nobody overtakes those who have waited so long, or the known one comes when
+        # most are answered; without overtaking it is always the last.
+        if time.monotonic() - begin < PATIENCE_SECONDS and order.index(10) <= 5:
+            break
     assert order.index(10) <= 5
 
 
@@ -317,3 +319,14 @@ def test_statistics_count_what_was_answered(served: Served) -> None:
     assert after.candidate_tokens - before.candidate_tokens == 14
     assert after.queue_seconds > before.queue_seconds
     assert served.engine.failure is None
+
+
+def test_a_candidate_needs_a_position_after_its_context(served: Served) -> None:
+    """It would be looked up behind the table's end, which ends the engine for everybody."""
+    most = min(served.engine._max_tokens, served.config.max_positions)
+    user = random_user(served.schema, np.random.default_rng(12), history=20, realtime=5, candidates=2)
+    longest = np.repeat(user.context[3:4], most, axis=0)  # history
+    longest[:, SLOT_COLUMN] = np.arange(most)
+    with pytest.raises(InvalidRequestError, match="with candidates the engine takes"):
+        served.rank(longest, user.candidates)
+    assert difference(served, user) <= TOLERANCE

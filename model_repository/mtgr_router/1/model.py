@@ -139,9 +139,15 @@ class TritonPythonModel:
         return changes if self.policy.current.monitoring else []
 
     async def _answer(self, packed, sender):
-        failure = None
+        answered = False
+
+        def deliver(ranking):
+            nonlocal answered
+            answered = True
+            self._send(sender, ranking)
+
         try:
-            await self.router.route(_features(packed), functools.partial(self._send, sender))
+            await self.router.route(_features(packed), deliver)
             return
         except NotFeaturesError:
             message = "this model takes what mtgr_features gives; send requests to the model mtgr."
@@ -150,6 +156,8 @@ class TritonPythonModel:
             failure = (str(error), pb_utils.TritonError.UNAVAILABLE)
         except Exception as error:  # noqa: BLE001 - whatever happens, a request must get its answer
             failure = _failed(error)
+        if answered:  # it went wrong behind the answer
+            return
         self.outbox.put(lambda: sender.send(_error(*failure), flags=FINAL), at_once=self.router.admission.idle)
 
     def _send(self, sender, ranking):
@@ -249,7 +257,11 @@ def _features(packed):
 
 
 def _send_ranking(sender, ranking):
-    sender.send(_response(ranking), flags=FINAL)
+    try:
+        response = _response(ranking)
+    except Exception as error:  # noqa: BLE001 - such as shared memory that is full: the caller must hear something
+        response = _error(*_failed(error))
+    sender.send(response, flags=FINAL)
 
 
 def _response(ranking):
