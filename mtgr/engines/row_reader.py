@@ -36,7 +36,6 @@ class RowReader:
     """
 
     def __init__(self, schema: Schema, max_positions: int, static_attention: StaticAttention) -> None:
-        self.width = schema.width
         self._profile_size = schema.profile_size
         self._static_attention = static_attention
         self._checker = RowChecker(schema, max_positions)
@@ -104,8 +103,9 @@ class RowReader:
         )
 
     def _check_shape(self, name: str, rows: Int32Array) -> None:
-        if rows.ndim != 2 or rows.shape[1] != self.width:
-            raise InvalidRequestError(f"{name} has shape {list(rows.shape)}; it must be [tokens, {self.width}].")
+        width = self._checker.width
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise InvalidRequestError(f"{name} has shape {list(rows.shape)}; it must be [tokens, {width}].")
 
 
 @compiled(

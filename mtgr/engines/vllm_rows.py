@@ -18,20 +18,13 @@ import torch
 
 from mtgr.config import ModelConfig
 from mtgr.engines.row_reader import RowReader
+from mtgr.engines.vllm_prompt import Context, Prompt
 from mtgr.engines.vllm_runner import Answer, ProcessRunner, Recorder, Runner, ThreadRunner
 from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, SETTINGS_FILE, VLLMSettings
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
 from mtgr.files import read_json
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
-from mtgr.vllm_plugin import (
-    CANDIDATES,
-    CONTEXT_TOKENS,
-    CUDA_GRAPHS,
-    QUANTIZATION,
-    SCHEDULER,
-    STATIC_TOKENS,
-    register,
-)
+from mtgr.vllm_plugin import CUDA_GRAPHS, QUANTIZATION, SCHEDULER, register
 from mtgr.vllm_plugin.orphans import mark_children
 from mtgr.vllm_plugin.parallel import check_ranks
 
@@ -309,7 +302,7 @@ class VLLMRowEngine:
         """End the engine, which takes seconds; requests in flight fail. From any thread."""
         self._runner.shutdown()
 
-    def _context(self, rows: Int32Array) -> _Context:
+    def _context(self, rows: Int32Array) -> Context:
         packed, static = self._reader.context(rows)
         if len(packed) > self._max_tokens:
             raise InvalidRequestError(f"context has {len(packed)} tokens; the engine takes {self._max_tokens}.")
@@ -317,9 +310,9 @@ class VLLMRowEngine:
         salt = self._identity.copy()
         salt.update(static.to_bytes(4, "little"))
         salt.update(packed[:static].data)
-        return _Context(packed, static, salt.hexdigest(), self._dtype)
+        return Context(packed, static, salt.hexdigest(), self._dtype)
 
-    def _ranked(self, context: Int32Array, candidates: Int32Array) -> tuple[_Context, list[UInt8Array]]:
+    def _ranked(self, context: Int32Array, candidates: Int32Array) -> tuple[Context, list[UInt8Array]]:
         """The context, and the candidates' bytes without padding in as many parts as steps are needed."""
         known = self._context(context)
         tokens = len(known.packed)
@@ -340,7 +333,7 @@ class VLLMRowEngine:
         missing = count - len(answer)
         return np.pad(answer, ((0, missing), (0, 0)), constant_values=np.nan) if missing else answer
 
-    async def _run(self, prompt: _Prompt) -> torch.Tensor:
+    async def _run(self, prompt: Prompt) -> torch.Tensor:
         """One request of vLLM: FP32 [k, T], or FP64 [m, 2] without candidates."""
         answer: Answer | Exception
         try:
@@ -352,7 +345,7 @@ class VLLMRowEngine:
             answer = error
         return self._checked(prompt, answer)
 
-    def _checked(self, prompt: _Prompt, answer: Answer | Exception) -> torch.Tensor:
+    def _checked(self, prompt: Prompt, answer: Answer | Exception) -> torch.Tensor:
         """An answer's numbers, counted."""
         if isinstance(answer, Exception):
             self._count(failed=1)
@@ -375,46 +368,6 @@ class VLLMRowEngine:
         with self._counting:  # the engine's thread and others
             for name, amount in amounts.items():
                 self._counters[name] = self._counters.get(name, 0) + amount
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """What vLLM gets of one request."""
-
-    embeds: torch.Tensor
-    params: Any
-    salt: str
-    context_tokens: int
-
-
-@dataclass(frozen=True)
-class _Context:
-    """A context without padding.
-
-    Attributes:
-        packed: UINT8 [n, width], its rows in bytes.
-        static: Profile and history tokens.
-        salt: Digest of these, by which requests share pages.
-        dtype: Of the model.
-    """
-
-    packed: UInt8Array
-    static: int
-    salt: str
-    dtype: torch.dtype
-
-    def prompt(self, candidates: UInt8Array | None = None) -> _Prompt:
-        """The context, and the bytes of candidates, UINT8 [k, width], after it."""
-        from vllm import PoolingParams
-
-        n, k = len(self.packed), 0 if candidates is None else len(candidates)
-        packed = self.packed if candidates is None else np.concatenate([self.packed, candidates])
-        params = PoolingParams(
-            task="token_classify",
-            extra_kwargs={CONTEXT_TOKENS: n, STATIC_TOKENS: self.static, CANDIDATES: k},
-            skip_reading_prefix_cache=False,
-        )
-        return _Prompt(torch.from_numpy(packed).to(self.dtype), params, self.salt, n)
 
 
 def _engine_arguments(settings: VLLMSettings) -> dict[str, Any]:
