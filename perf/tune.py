@@ -356,13 +356,13 @@ class Tuner:
 
 
 def with_value(settings: Settings, knob: str, value: Value) -> dict[str, Value]:
-    """The settings with another value; several engine processes are given as many calls at a time."""
+    """The settings with another value; several engine processes are given one call more at a time."""
     changed = {**settings, knob: value}
     if knob == ENGINE_INSTANCES:
         running = changed[MAX_RUNNING]
         assert isinstance(running, int)
         assert isinstance(value, int)
-        changed[MAX_RUNNING] = max(running, value)
+        changed[MAX_RUNNING] = max(running, value + 1)
     return changed
 
 

@@ -2,7 +2,9 @@
 
 Triton's dynamic batcher ends a batch at the first queued request of another shape, so users whose contexts fall into
 different buckets, arriving interleaved, hardly ever meet. Here calls wait by shape instead, and only while the engine
-is busy: an idle engine is called at once, without any delay.
+is busy: an idle engine is called at once, without any delay. One batch waits at the engine itself: a router that is
+asked for the next one when the last is done leaves the engine idle for a millisecond each time, on two busy cores a
+seventh of what it could do.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class ShapeBatcher:
         engines: What runs a batch.
         max_batch: Most calls in a batch.
         largest: Gives what a model takes at most, where that may be less; None if it is not known.
-        max_running: Batches given to a model at a time: as many as it has instances.
+        max_running: Batches given to a model at a time: one more than it has instances, and it need not wait for the
+            router between two of them.
         max_tokens: Most tokens in a batch, which bounds an engine's memory; a longer call goes alone.
     """
 
@@ -58,7 +61,7 @@ class ShapeBatcher:
         self,
         engines: Inference,
         max_batch: int = 32,
-        max_running: int = 1,
+        max_running: int = 2,
         max_tokens: int = 16_384,
         largest: Callable[[str], int | None] = lambda model: None,
     ) -> None:

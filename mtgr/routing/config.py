@@ -22,7 +22,8 @@ class RoutingConfig:
         rank_limit: Retrieved items that are ranked, at least ``top_k``.
         remove_seen: Whether items the user already had an event with are never recommended.
         max_batch: Most requests merged into one call of a dense engine.
-        max_running: Calls that a dense engine is given at a time: as many as it has instances.
+        max_running: Calls that a dense engine is given at a time: one more than it has instances, so that it finds the
+            next batch at hand when it has done one.
         max_tokens: Most tokens, padding included, in one call of a dense engine; bounds its memory.
         context_buckets: Lengths that dense engines' contexts are padded to, longer ones to sixteenths of the last.
             Finer ones pad less and merge less.
@@ -35,7 +36,7 @@ class RoutingConfig:
     rank_limit: int = 256
     remove_seen: bool = True
     max_batch: int = 32
-    max_running: int = 1
+    max_running: int = 2
     max_tokens: int = 16_384
     context_buckets: tuple[int, ...] = CONTEXT_BUCKETS
     candidate_buckets: tuple[int, ...] = CANDIDATE_BUCKETS

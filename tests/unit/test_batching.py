@@ -76,7 +76,7 @@ def test_interleaved_shapes_share_batches() -> None:
 def test_a_model_that_takes_fewer_is_not_given_more() -> None:
     async def check() -> None:
         engine = DoublingEngine()
-        batcher = ShapeBatcher(engine, max_batch=8, largest={"alone": 1, "pairs": 2}.get)
+        batcher = ShapeBatcher(engine, max_batch=8, max_running=1, largest={"alone": 1, "pairs": 2}.get)
         calls = [
             batcher.infer(model, {"x": np.full((1, 3), index)}, ["y"])
             for model in ("alone", "pairs", "m")
@@ -86,6 +86,21 @@ def test_a_model_that_takes_fewer_is_not_given_more() -> None:
         await asyncio.gather(*calls)
         # The first of each model goes alone, for its engine is idle.
         assert sorted(shape[0] for shape in engine.shapes) == sorted([1] * 9 + [1, 2, 2, 2, 2] + [1, 8])
+
+    asyncio.run(check())
+
+
+def test_the_next_batch_is_at_the_engine_before_it_asks() -> None:
+    async def check() -> None:
+        engine = DoublingEngine()
+        batcher = ShapeBatcher(engine, max_batch=8)
+        calls = [asyncio.ensure_future(batcher.infer("m", {"x": np.zeros((1, 3))}, ["y"])) for _ in range(7)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert engine.shapes == [(1, 3), (1, 3)]  # one for the engine, one behind it; the rest will go together
+        engine.gate.set()
+        await asyncio.gather(*calls)
+        assert engine.shapes[2:] == [(5, 3)]
 
     asyncio.run(check())
 

@@ -90,17 +90,17 @@ def test_a_variant_of_ones_own_policy_keeps_it(repository: Path, tmp_path: Path)
     own = tmp_path / "own.yaml"
     own.write_text("extends: test\nrouting: { max_batch: 5, default_top_k: 7 }\n", encoding="utf-8")
     every = knobs(2)
-    settings = {**current(repository, every, own), MAX_RUNNING: 2}
+    settings = {**current(repository, every, own), MAX_RUNNING: 3}
     write_variant(tmp_path / "variant", repository, own, ["mtgr"], every, settings, [MAX_RUNNING])
     policy = load_policy(tmp_path / "variant" / "policy.yaml")
     assert policy.profile == "test"
-    assert (policy.routing.max_batch, policy.routing.default_top_k, policy.routing.max_running) == (5, 7, 2)
+    assert (policy.routing.max_batch, policy.routing.default_top_k, policy.routing.max_running) == (5, 7, 3)
 
 
 def test_engine_processes_are_given_calls() -> None:
     settings = {MAX_RUNNING: 1, ENGINE_INSTANCES: 1}
-    assert with_value(settings, ENGINE_INSTANCES, 2) == {MAX_RUNNING: 2, ENGINE_INSTANCES: 2}
-    assert with_value({**settings, MAX_RUNNING: 3}, ENGINE_INSTANCES, 2)[MAX_RUNNING] == 3
+    assert with_value(settings, ENGINE_INSTANCES, 2) == {MAX_RUNNING: 3, ENGINE_INSTANCES: 2}
+    assert with_value({**settings, MAX_RUNNING: 4}, ENGINE_INSTANCES, 2)[MAX_RUNNING] == 4
     assert settings == {MAX_RUNNING: 1, ENGINE_INSTANCES: 1}
 
 
