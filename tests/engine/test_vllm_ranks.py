@@ -19,7 +19,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; see requirements/vllm
 
 from export.fp8 import fp8_in_pytorch
 from mtgr.config import ModelConfig
-from mtgr.engines.vllm_rows import _engine_arguments
+from mtgr.engines.vllm_arguments import settings_arguments
 from mtgr.engines.vllm_settings import VLLMSettings, kv_token_bytes
 from mtgr.model import MTGR
 from mtgr.vllm_plugin.parallel import Ranks
@@ -79,7 +79,7 @@ class Network:
 
         settings = VLLMSettings(MAX_TOKENS, MAX_TOKENS, quantization=quantization, dtype="float32")
         self.vllm_config = AsyncEngineArgs(
-            **_engine_arguments(settings),
+            **settings_arguments(settings),
             model=str(folder / "checkpoint"),
             runner="pooling",
             skip_tokenizer_init=True,

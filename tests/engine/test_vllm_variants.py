@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import Re
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from export.fp8 import fp8_in_pytorch
-from mtgr.engines import vllm_rows
+from mtgr.engines import vllm_arguments
 from mtgr.engines.vllm_rows import VLLMRowEngine
 from mtgr.engines.vllm_settings import VLLMSettings
 from mtgr.errors import ConfigurationError, UnavailableError
@@ -124,11 +124,13 @@ def test_memory_of_the_host_is_asked_of_vllm_by_its_name(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = VLLMSettings(1024, 1024, kv_offload_gib=2.5)
-    arguments = vllm_rows._engine_arguments(settings)
+    arguments = vllm_arguments.settings_arguments(settings)
     assert arguments["kv_offloading_size"] == 2.5
     names = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     assert set(arguments) <= names  # with this version of vLLM
-    assert "kv_offloading_size" not in vllm_rows._engine_arguments(dataclasses.replace(settings, kv_offload_gib=0))
+    assert "kv_offloading_size" not in vllm_arguments.settings_arguments(
+        dataclasses.replace(settings, kv_offload_gib=0)
+    )
 
 
 @pytest.mark.parametrize("has_connector", [True, False])
