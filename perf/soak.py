@@ -216,8 +216,12 @@ class Soak:
 
     def _scrape(self) -> None:
         """As a monitoring system does."""
-        with urllib.request.urlopen(self.server.metrics_url, timeout=30) as response:
-            response.read()
+        try:
+            with urllib.request.urlopen(self.server.metrics_url, timeout=30) as response:
+                response.read()
+        except OSError:
+            self.server.wait(1.0)  # says how it ended, if it has
+            raise
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class RoutingConfig:
         remove_seen: Whether items the user already had an event with are never recommended.
         max_batch: Most requests merged into one call of a dense engine.
         max_running: Calls that each process of the router gives a dense engine at a time: one more than that has
-            instances, so that it finds the next batch at hand when it has done one.
+            instances, so that it finds the next batch at hand when it has done one; one less while calls take long.
         max_tokens: Most tokens, padding included, in one call of a dense engine; bounds its memory.
         context_buckets: Lengths that dense engines' contexts are padded to, longer ones to sixteenths of the last.
             Finer ones pad less and merge less.

@@ -28,7 +28,7 @@ OFF = AdmissionConfig(shedding=False, max_concurrent=256, max_queue=100_000)
 
 @dataclass
 class SimulatedEngine:
-    """Takes ``fixed`` seconds for a batch and ``each`` for every request in it, one batch at a time."""
+    """Takes ``fixed`` seconds for a batch and ``each`` for every request in it, one batch at a time, whatever waits."""
 
     fixed: float
     each: float
@@ -37,6 +37,7 @@ class SimulatedEngine:
 
     def __post_init__(self) -> None:
         self.generator = random.Random(3)
+        self.idle = asyncio.Lock()
 
     @property
     def capacity(self) -> float:
@@ -44,10 +45,11 @@ class SimulatedEngine:
         return MAX_BATCH / ((self.fixed + MAX_BATCH * self.each) * math.exp(self.noise**2 / 2))
 
     async def infer(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Arrays:
-        now, (hangs, ends) = asyncio.get_running_loop().time(), self.stall
-        stalled = max(0.0, ends - now) if now >= hangs else 0.0
-        factor = self.generator.lognormvariate(0, self.noise)
-        await asyncio.sleep(stalled + factor * (self.fixed + self.each * inputs["x"].shape[0]))
+        async with self.idle:
+            now, (hangs, ends) = asyncio.get_running_loop().time(), self.stall
+            stalled = max(0.0, ends - now) if now >= hangs else 0.0
+            factor = self.generator.lognormvariate(0, self.noise)
+            await asyncio.sleep(stalled + factor * (self.fixed + self.each * inputs["x"].shape[0]))
         return {"y": inputs["x"]}
 
 

@@ -105,6 +105,26 @@ def test_the_next_batch_is_at_the_engine_before_it_asks() -> None:
     asyncio.run(check())
 
 
+def test_no_batch_waits_at_an_engine_that_takes_long() -> None:
+    class SlowEngine(DoublingEngine):
+        async def infer(self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]) -> Arrays:
+            answer = await super().infer(model, inputs, outputs)
+            await asyncio.sleep(0.06)
+            return answer
+
+    async def check() -> None:
+        engine = SlowEngine()
+        engine.gate.set()
+        batcher = ShapeBatcher(engine, max_batch=8)
+        await batcher.infer("m", {"x": np.zeros((1, 3))}, ["y"])
+        calls = [asyncio.ensure_future(batcher.infer("m", {"x": np.zeros((1, 3))}, ["y"])) for _ in range(7)]
+        await asyncio.gather(*calls)
+        assert engine.shapes == [(1, 3), (1, 3), (6, 3)]
+        assert engine.most_running == 1
+
+    asyncio.run(check())
+
+
 def test_an_idle_engine_is_called_at_once() -> None:
     async def check() -> None:
         engine = DoublingEngine()
