@@ -19,7 +19,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; see requirements/vllm
 
 from export.fp8 import fp8_in_pytorch
 from mtgr.config import ModelConfig
-from mtgr.engines.vllm_arguments import settings_arguments
+from mtgr.engines.vllm_arguments import engine_arguments
 from mtgr.engines.vllm_settings import VLLMSettings, kv_token_bytes
 from mtgr.model import MTGR
 from mtgr.vllm_plugin.parallel import Ranks
@@ -72,19 +72,12 @@ class Network:
 
     def __init__(self, folder: Path, ranks: Ranks, model: MTGR, quantization: str | None) -> None:
         from vllm.config import set_current_vllm_config
-        from vllm.engine.arg_utils import AsyncEngineArgs
 
         from mtgr.vllm_plugin.attention import HSTUBackend
         from mtgr.vllm_plugin.model import MTGRForRecommendation
 
         settings = VLLMSettings(MAX_TOKENS, MAX_TOKENS, quantization=quantization, dtype="float32")
-        self.vllm_config = AsyncEngineArgs(
-            **settings_arguments(settings),
-            model=str(folder / "checkpoint"),
-            runner="pooling",
-            skip_tokenizer_init=True,
-            enable_prompt_embeds=True,
-        ).create_engine_config()
+        self.vllm_config = engine_arguments(settings, folder / "checkpoint", {}).create_engine_config()
         with (
             set_current_vllm_config(self.vllm_config),
             mock.patch("mtgr.vllm_plugin.model.vllm_ranks", return_value=ranks),
